@@ -1,0 +1,146 @@
+"""What is done to a model: which blocks are dropped, how each was treated, and for which model and tp size."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spd.errors import UserError
+
+if TYPE_CHECKING:
+    from spd.model import TensorParallelLM
+    from spd.sensitivity import SensitivityReport
+
+PLAN_FILE = "spd_plan.json"
+"""Name of the plan inside a saved checkpoint."""
+
+STRATEGIES = ("zs",)
+"""Strategies this version can apply. Zero-shot (zs): dropped blocks keep their original weights."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a report or a plan was made for, so that it is never used with another model."""
+
+    model_type: str
+    num_blocks: int
+    hidden_size: int
+    weights: str
+    """SHA-256 of the original checkpoint (`spd.checkpoint.fingerprint`)."""
+
+    @classmethod
+    def of(cls, model: "TensorParallelLM") -> "ModelIdentity":
+        """The identity of a loaded model."""
+        return cls(model.config.model_type, model.num_blocks, model.config.hidden_size, model.fingerprint)
+
+
+@dataclass(frozen=True)
+class DropPlan:
+    """Which blocks of one model are dropped at one tp size, and how each dropped block is treated."""
+
+    tp_size: int
+    strategy: str
+    drop: float
+    """Asked drop fraction n/L."""
+    dropped: list[int]
+    """Dropped blocks, ascending."""
+    treatment: dict[int, str]
+    """Dropped block -> what is done to it: "zs"."""
+    classes: dict[int, str]
+    """Every block -> ISB, SB or ESB."""
+    tau1: float
+    tau2: float
+    order: str
+    """The sensitivity measure the blocks were ranked by."""
+    source: ModelIdentity
+    format: int = field(default=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DropPlan":
+        """Reads a plan.
+
+        Raises:
+            UserError: not a plan of this format.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+            if fields["format"] != 1:
+                raise ValueError(f"format {fields['format']}, this version reads 1")
+            for name in ("treatment", "classes"):  # JSON has no integer keys
+                fields[name] = {int(block): value for block, value in fields[name].items()}
+            return cls(**fields | {"source": ModelIdentity(**fields["source"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a usable plan ({error}); make it again with spd.make_plan.") from error
+
+    def check_fits(self, model: "TensorParallelLM", weights: bool = False) -> None:
+        """Raises UserError unless the plan is for a model of this shape and tp size, and of these weights if asked."""
+        mine, its = self.source, model.config
+        shape = (its.model_type, model.num_blocks, its.hidden_size)
+        if (mine.model_type, mine.num_blocks, mine.hidden_size) != shape:
+            raise UserError(
+                f"The plan was made for a {mine.model_type} of {mine.num_blocks} blocks and hidden size "
+                f"{mine.hidden_size}; this model is a {shape[0]} of {shape[1]} blocks and hidden size {shape[2]}."
+            )
+        if self.tp_size != model.tp_size:
+            raise UserError(
+                f"The plan was made for tp_size={self.tp_size} and the model is loaded with tp_size={model.tp_size}; "
+                "sensitivities differ between tp sizes, so make a plan for this one."
+            )
+        if weights and mine.weights != model.fingerprint:
+            raise UserError("The plan was made for other weights of the same shape; make one for these.")
+
+
+def make_plan(
+    report: "SensitivityReport",
+    drop: float,
+    strategy: str = "zs",
+    tau1: float = 0.05,
+    tau2: float = 10.0,
+    thresholds: str = "tau",
+) -> DropPlan:
+    """Drops the `n` least sensitive blocks (`n/L` nearest to `drop`) and says how each is treated (paper, section 4).
+
+    Args:
+        report: measured sensitivities of the model.
+        drop: fraction n/L of blocks to drop, 0 to 1.
+        strategy: "zs", zero-shot.
+        tau1, tau2: perplexity increases that part ISB from SB and SB from ESB (published: 0.05 and 10).
+        thresholds: "tau" uses tau1 and tau2, "jumps" finds both where the sorted sensitivities jump.
+
+    Raises:
+        UserError: drop outside 0..1, unknown strategy, or thresholds in the wrong order.
+    """
+    if not 0 <= drop <= 1:
+        raise UserError(f"drop={drop} is outside 0..1; it is the fraction of blocks whose sync point is dropped.")
+    if strategy not in STRATEGIES:
+        raise UserError(
+            f"strategy={strategy!r} is not available in this version; write one of {', '.join(STRATEGIES)}."
+        )
+    if thresholds == "jumps":
+        tau1, tau2 = report.jumps()
+    elif thresholds != "tau":
+        raise UserError(f"thresholds={thresholds!r} is not known; write 'tau' or 'jumps'.")
+    count = math.floor(drop * report.num_blocks + 0.5)  # round() would take 10.5 to 10 and 7.5 to 8
+    dropped = sorted(report.ranked()[:count])
+    return DropPlan(
+        tp_size=report.tp_size,
+        strategy=strategy,
+        drop=drop,
+        dropped=dropped,
+        treatment=dict.fromkeys(dropped, "zs"),
+        classes=dict(enumerate(report.classes(tau1, tau2))),
+        tau1=tau1,
+        tau2=tau2,
+        order=report.order,
+        source=report.source,
+    )

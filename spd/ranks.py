@@ -1,0 +1,67 @@
+"""Who the tensor-parallel ranks are, and the sum over them: the sync point.
+
+A process holds the shards of its *local* ranks: all `N` with virtual ranks, one of `N` under torchrun. Both give the
+same sum to rounding, so accuracy needs one device only and latency is measured with the very same blocks.
+"""
+
+import functools
+import operator
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spd.errors import UserError
+
+
+class VirtualRanks:
+    """All `size` ranks in this process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.local = list(range(size))
+
+    def sum(self, partials: Iterable[Tensor]) -> Tensor:
+        """Sum of the ranks' partial results [B, T, D], each added as soon as it is computed."""
+        return functools.reduce(operator.add, partials)
+
+
+class ProcessRanks:
+    """One rank a process, as started by torchrun; the default process group is created when there is none.
+
+    Args:
+        size: tp_size; must be the number of processes torchrun started.
+        device: decides the back end, NCCL for CUDA and gloo for CPU.
+        timeout: how long a collective waits for a rank that does not come before it raises.
+
+    Raises:
+        UserError: not under torchrun, or with another number of processes.
+    """
+
+    def __init__(self, size: int, device: torch.device, timeout: timedelta = timedelta(minutes=5)) -> None:
+        if not dist.is_initialized():
+            if "WORLD_SIZE" not in os.environ:
+                raise UserError(
+                    f"ranks='processes' needs one process a rank: torchrun --nproc-per-node {size} your_script.py "
+                    "(ranks='virtual' runs all of them in this process)."
+                )
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        if dist.get_world_size() != size:
+            raise UserError(
+                f"tp_size={size} but torchrun started {dist.get_world_size()} processes; "
+                f"start it with --nproc-per-node {size}."
+            )
+        self.size = size
+        self.local = [dist.get_rank()]
+
+    def sum(self, partials: Iterable[Tensor]) -> Tensor:
+        """All-reduce of this rank's only partial result [B, T, D]; for inference (autograd does not see it)."""
+        (partial,) = partials
+        dist.all_reduce(partial)
+        return partial
+
+
+Ranks = VirtualRanks | ProcessRanks

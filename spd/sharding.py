@@ -1,0 +1,187 @@
+"""Cuts one transformer block into shards: a shard is the model's own Hugging Face layer with fewer heads and a narrower MLP.
+
+Legend: D hidden size, H query heads, K key/value heads, h head size, F MLP width, N ranks (tp_size), L blocks.
+
+    query rows, attention_output columns   H/N heads a rank
+    key_value rows                         K/N heads a rank; when N > K, one head on N/K neighbouring ranks
+    mlp_input rows, mlp_output columns     F/N columns a rank
+    output biases                          in no shard: added once, after the sum over ranks
+    everything else (norms)                whole, one copy for all ranks of a process
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from spd.checkpoint import Checkpoint
+from spd.errors import UserError
+from spd.families import Family
+
+Span = tuple[int, int]
+"""Half-open range of rows or columns."""
+
+Kind = Literal["query", "key_value", "mlp_input", "attention_output", "mlp_output", "whole"]
+
+
+def check_tp_size(family: Family, config: PretrainedConfig, tp_size: int) -> None:
+    """Raises UserError, with the sizes that would work, unless heads and MLP can be cut for `tp_size` ranks."""
+    if _fits(family, config, tp_size):
+        return
+    heads, kv_heads = family.heads(config)
+    sizes = [str(n) for n in range(1, heads + 1) if _fits(family, config, n)]
+    raise UserError(
+        f"tp_size={tp_size} does not cut this model evenly: it has {heads} heads, {kv_heads} key/value heads and an MLP "
+        f"width of {family.mlp_width(config)}. Sizes that do: {', '.join(sizes)}."
+    )
+
+
+def _fits(family: Family, config: PretrainedConfig, n: int) -> bool:
+    heads, kv_heads = family.heads(config)
+    kv_fit = n > 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+    return kv_fit and heads % n == 0 and family.mlp_width(config) % n == 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of every block that one rank holds."""
+
+    family: Family
+    heads: Span
+    kv_heads: Span
+    width: Span
+    head_size: int
+
+    @classmethod
+    def of_rank(cls, family: Family, config: PretrainedConfig, tp_size: int, rank: int) -> "Cut":
+        """Rank `i` takes heads `[iH/N, (i+1)H/N)`, the key/value heads these attend to, and as much of the MLP."""
+        heads, kv_heads = family.heads(config)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        first, last = rank * heads // tp_size, (rank + 1) * heads // tp_size
+        group = heads // kv_heads
+        return cls(
+            family,
+            heads=(first, last),
+            kv_heads=(first // group, (last - 1) // group + 1),
+            width=_share(family.mlp_width(config), tp_size, rank),
+            head_size=head_size,
+        )
+
+    def kind(self, parameter: str) -> Kind:
+        """How a parameter of a layer, such as `self_attn.q_proj.weight`, is cut."""
+        module = parameter.rpartition(".")[0]
+        if module == self.family.query:
+            return "query"
+        if module in self.family.key_value:
+            return "key_value"
+        if module in self.family.mlp_input:
+            return "mlp_input"
+        if module == self.family.attention_output:
+            return "attention_output"
+        return "mlp_output" if module == self.family.mlp_output else "whole"
+
+    def span(self, kind: Kind) -> Span | None:
+        """The rows (or columns, for the output layers) this rank holds of a parameter of that kind; None is all."""
+        if kind == "whole":
+            return None
+        if kind in ("mlp_input", "mlp_output"):
+            return self.width
+        first, last = self.kv_heads if kind == "key_value" else self.heads
+        return first * self.head_size, last * self.head_size
+
+
+def _share(total: int, n: int, rank: int) -> Span:
+    return rank * total // n, (rank + 1) * total // n
+
+
+def is_output(kind: Kind) -> bool:
+    """Whether a layer of that kind is cut by columns and summed over ranks."""
+    return kind in ("attention_output", "mlp_output")
+
+
+class BlockReader:
+    """Reads the shards of single blocks from a checkpoint.
+
+    Args:
+        checkpoint: where the weights are.
+        family, config: what the model is.
+        layer_type: the Hugging Face decoder layer class.
+        cuts: one for each rank of this process.
+        dtype, device: of the shards.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        config: PretrainedConfig,
+        layer_type: type[nn.Module],
+        cuts: list[Cut],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.family, self.config, self.layer_type = checkpoint, family, config, layer_type
+        self.cuts, self.dtype, self.device = cuts, dtype, device
+
+    def shards(self, block: int) -> list[nn.Module]:
+        """The layer of every local rank, holding that rank's slices only.
+
+        Ranks that hold the same slice (norms, repeated key/value heads) share one parameter. The cache slot of local
+        rank `r` is `block + r L`: slot 0 to L-1 is what Hugging Face expects of an ordinary model.
+        """
+        read: dict[tuple[str, Span | None], nn.Parameter] = {}
+        shards = []
+        for position, cut in enumerate(self.cuts):
+            with torch.device("meta"):
+                layer = self.layer_type(self.config, layer_idx=block)
+            for name, _ in list(layer.named_parameters()):
+                kind = cut.kind(name)
+                module_name, _, leaf = name.rpartition(".")
+                module = layer.get_submodule(module_name)
+                if is_output(kind) and leaf == "bias":
+                    module.register_parameter("bias", None)
+                    continue
+                key = (name, cut.span(kind))
+                if key not in read:
+                    read[key] = self._parameter(f"{self.prefix(block)}{name}", kind, key[1])
+                module.register_parameter(leaf, read[key])
+                if isinstance(module, nn.Linear) and leaf == "weight":
+                    module.out_features, module.in_features = module.weight.shape
+            attention: Any = layer.get_submodule("self_attn")
+            attention.layer_idx = block + position * self.config.num_hidden_layers
+            self.family.set_local_heads(attention, cut.heads[1] - cut.heads[0], cut.kv_heads[1] - cut.kv_heads[0])
+            shards.append(layer)
+        return shards
+
+    def bias(self, block: int, module: str) -> nn.Parameter | None:
+        """The output bias [D] of an attention or MLP output layer, or None where the family has none."""
+        name = f"{self.prefix(block)}{module}.bias"
+        return self._parameter(name, "whole", None) if self.checkpoint.has(name) else None
+
+    def prefix(self, block: int) -> str:
+        """What a block's tensor names begin with in the checkpoint."""
+        return f"{self.family.decoder}.layers.{block}."
+
+    def _parameter(self, name: str, kind: Kind, span: Span | None) -> nn.Parameter:
+        part = slice(None) if span is None else slice(*span)
+        tensor = self.checkpoint.read(name, slice(None), part) if is_output(kind) else self.checkpoint.read(name, part)
+        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+
+
+def merge(shards: list[nn.Module], cuts: list[Cut]) -> dict[str, Tensor]:
+    """The whole layer's tensors from the shards of all ranks, by their name in the layer: the inverse of cutting.
+
+    Output biases are not in the shards and so not in the result.
+    """
+    merged: dict[str, Tensor] = {}
+    for name, parameter in shards[0].named_parameters():
+        kind = cuts[0].kind(name)
+        if kind == "whole":
+            merged[name] = parameter.data
+            continue
+        # Repeated key/value heads: one copy of each.
+        parts = {cut.span(kind): shard.get_parameter(name).data for cut, shard in zip(cuts, shards, strict=True)}
+        merged[name] = torch.cat(list(parts.values()), dim=1 if is_output(kind) else 0)
+    return merged
