@@ -26,7 +26,7 @@ class VirtualRanks:
 
     def sum(self, partials: Iterable[Tensor]) -> Tensor:
         """Sum of the ranks' partial results [B, T, D], each added as soon as it is computed."""
-        return functools.reduce(operator.add, partials)
+        return functools.reduce(operator.iadd, partials)
 
 
 class ProcessRanks:

@@ -1,0 +1,59 @@
+"""Calibration and held-out samples from text files."""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spd.errors import UserError
+
+
+def load_samples(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, samples: int, sequence_length: int, seed: int = 0
+) -> Tensor:
+    """Random windows of a text: token ids [samples, sequence_length].
+
+    The documents are tokenized as the tokenizer does by default (with its BOS, if it has one), each ends with the EOS
+    token, and all are joined; windows start anywhere and may overlap.
+
+    Args:
+        path: a text file, one document a line, or a .jsonl file with a "text" field in each line.
+        samples: S.
+        sequence_length: T.
+        seed: of the window starts.
+
+    Raises:
+        UserError: the file is missing, not readable as that format, empty, or shorter than one sequence.
+    """
+    path = Path(path)
+    documents = _read_documents(path)
+    if not documents:
+        raise UserError(f"{path} holds no text to calibrate on; give a file with one document a line.")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # A whole file is longer than any context, and the tokenizer would warn of that.
+    encoded = tokenizer(documents, verbose=False)["input_ids"]
+    tokens = list(itertools.chain.from_iterable(ids if ids[-1:] == end else ids + end for ids in encoded))
+    if len(tokens) < sequence_length:
+        raise UserError(
+            f"{path} has {len(tokens)} tokens, fewer than one sequence of {sequence_length}; "
+            "give a longer text or a shorter data.sequence_length."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - sequence_length + 1, (samples, 1), generator=generator)
+    return torch.tensor(tokens)[starts + torch.arange(sequence_length)]
+
+
+def _read_documents(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The calibration text {path} cannot be read: {error}") from error
+    if path.suffix != ".jsonl":
+        return lines
+    try:
+        return [json.loads(line)["text"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} must hold one JSON object with a "text" field a line: {error}') from error
