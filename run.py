@@ -1,0 +1,87 @@
+"""One point or a sweep of points.
+
+python run.py drop=0.5                  one point
+python run.py -m drop=0,0.25,0.5        a sweep
+python run.py experiment=quickstart     the README's first command
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from spd.config import HydraError, explain, from_hydra
+from spd.errors import UserError
+from spd.progress import Display, quiet
+from spd.results import is_disk_full
+from spd.sweep import Sweep, leave_pointer, position, print_table
+
+_GO_ON = "Finished points are kept, and the same command goes on with the rest."
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    """Runs one point, here or as a job of a sweep."""
+    quiet()
+    # Imported late: a refused configuration should not wait for torch. A Slurm job gets this function by value.
+    from spd import point
+
+    alone = HydraConfig.get().mode == RunMode.RUN
+    job_folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        config = from_hydra(composed)
+        if alone:  # the points of a sweep are checked together, before the first one starts
+            point.check(config)
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from error  # Hydra would print more than the sentence
+    which = "point" if alone else f"point {position(job_folder)}"
+    with Display(f"{which}, drop {config.drop:g}") as display:
+        record = point.run_point(config, display)
+    leave_pointer(job_folder, record, Path(config.output_dir))
+    if alone:
+        print_table([record])
+        print(f"Record: {Path(config.output_dir) / 'points' / str(record['key']) / 'result.json'}")
+        if record["status"] != "done":
+            raise SystemExit(1)
+
+
+def cli() -> int | str:
+    """Runs `main`, sums up a sweep, and turns what a user can mend into one sentence; returns the exit status."""
+    explain_errors = os.environ.get("HYDRA_FULL_ERROR") != "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    quiet()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        try:
+            main()
+        except HydraError as error:
+            if not explain_errors:
+                raise
+            return f"Error: {explain(error)}"
+        except Exception as error:
+            if Sweep.current is None or is_disk_full(error):
+                raise
+            # A launcher that lost a job: what the other jobs found is summed up all the same.
+            sys.stderr.write(f"Warning: the launcher gave up ({type(error).__name__}: {error}).\n")
+        return 0 if Sweep.current is None or Sweep.current.finish() else 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nStopped. {_GO_ON}\n")
+        return 130
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return f"Error: nothing more can be written ({error}). Make room. {_GO_ON}"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # an ordinary exception, so that ranks are ended and locks released on the way out
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

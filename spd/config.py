@@ -1,0 +1,471 @@
+"""The typed schema of everything in conf/, and the one place where a composed configuration becomes a RunConfig.
+
+Every field has its docstring: unit, allowed values, why the default. `from_hydra` checks keys, types, ranges and
+combinations; `explain` turns Hydra's and OmegaConf's errors into one sentence that says what to write instead.
+Imports no torch, so that a refused configuration costs a second and not ten.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spd.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository: relative paths in conf/ start here (or in the working directory, which is looked at first)."""
+
+_DISTILLATION = "it comes with block-to-block distillation in a later version; write strategy=zs"
+_OFFICIAL_TASKS = (
+    "the official benchmarks come in a later version; write eval=reference (nine tasks of the reference models) "
+    "or eval=reference_zero_shot, or name lm-eval tasks of your own with eval.tasks and eval.include_path"
+)
+_INTERCONNECTS = "emulated interconnects come in a later version; write interconnect=native (this machine's own)"
+
+NOT_YET = {
+    ("strategy", "zs_b2b"): _DISTILLATION,
+    ("strategy", "zs_b2b_hg"): "it comes with head grouping in a later version; write strategy=zs",
+    ("eval", "zero_shot"): _OFFICIAL_TASKS,
+    ("eval", "mmlu"): _OFFICIAL_TASKS,
+    ("eval", "longbench"): _OFFICIAL_TASKS,
+    ("latency", "gpu"): "latency on GPUs comes in a later version; write latency=cpu or latency=none",
+    ("interconnect", "lbw"): _INTERCONNECTS,
+    ("interconnect", "socket"): _INTERCONNECTS,
+}
+"""Options that have a name in the paper's configurations and no implementation here yet: refused, never imitated."""
+
+
+class DType(Enum):
+    """Floating point type of weights and activations."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Device(Enum):
+    """Where the virtual ranks run (sensitivity, perplexity, accuracy)."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Interconnect(Enum):
+    """What carries the all-reduces of the latency measurement."""
+
+    native = "native"
+
+
+class Strategy(Enum):
+    """What is done to dropped blocks."""
+
+    zs = "zs"
+
+
+class Order(Enum):
+    """Which blocks are dropped together when a block's sensitivity is measured."""
+
+    suffix = "suffix"
+    alone = "alone"
+    front = "front"
+
+
+class Thresholds(Enum):
+    """How sensitivities are split into the classes ISB, SB and ESB."""
+
+    tau = "tau"
+    jumps = "jumps"
+
+
+class LatencyKind(Enum):
+    """How latency is obtained."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class Tracker(Enum):
+    """Where records are mirrored."""
+
+    wandb = "wandb"
+    none = "none"
+
+
+def _need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclass
+class ModelConfig:
+    name: str = "model"
+    """Name in tables, figures and W&B. Any text; it does not take part in what is computed."""
+    path: str = ""
+    """Hugging Face model folder (config, tokenizer, safetensors) or hub id `owner/name`. Relative folders are looked
+    for in the working directory, then in the repository."""
+    dtype: DType = DType.float32
+    """float32 | float16 | bfloat16. float32 by default: exact on CPUs, where half types are slow."""
+    device: Device = Device.cpu
+    """cpu | cuda, for the virtual ranks. The processes of latency=cpu run on the CPU in any case."""
+
+    def check(self) -> None:
+        _need(bool(self.name.strip()), "model.name is empty; give the name that tables should show.")
+        _need(
+            bool(self.path.strip()),
+            "model.path is empty; give a Hugging Face model folder or a hub id, as in model.path=owner/name.",
+        )
+
+
+@dataclass
+class ParallelConfig:
+    name: str = "tp4"
+    """Name of the option in conf/parallel."""
+    tp_size: int = 4
+    """Tensor-parallel ranks N, at least 1; must divide the model's attention heads and MLP width."""
+    port: int = 0
+    """TCP port at which the ranks of the latency measurement meet; 0 picks a free one (the default: sweeps and
+    neighbours on one machine then never collide)."""
+
+    def check(self) -> None:
+        _need(self.tp_size >= 1, f"parallel.tp_size={self.tp_size} is no number of ranks; give 1 or more (1, 2, 4, 8).")
+        _need(
+            self.port == 0 or 1024 <= self.port <= 65535,
+            f"parallel.port={self.port} cannot be used; give 0 (pick a free port) or one in 1024..65535.",
+        )
+
+
+@dataclass
+class InterconnectConfig:
+    name: Interconnect = Interconnect.native
+    """native: the all-reduces run over what the machine has."""
+
+
+@dataclass
+class StrategyConfig:
+    name: Strategy = Strategy.zs
+    """zs: dropped blocks keep their original weights (zero-shot, paper section 4)."""
+    order: Order = Order.suffix
+    """suffix: block i with all later ones (the paper's Algorithm 1, default) | alone: block i only | front: block i
+    with all earlier ones."""
+    thresholds: Thresholds = Thresholds.tau
+    """tau: classes by tau1 and tau2 (default, as published) | jumps: where the sorted sensitivities jump."""
+    tau1: float = 0.05
+    """Perplexity. Blocks up to tau1 are in-sensitive (ISB). Published value."""
+    tau2: float = 10.0
+    """Perplexity. Blocks above tau2 are extremely sensitive (ESB), those between sensitive (SB). Published value."""
+
+    def check(self) -> None:
+        for name, value in (("tau1", self.tau1), ("tau2", self.tau2)):
+            _need(math.isfinite(value), f"strategy.{name}={value} is not finite (published: tau1=0.05, tau2=10).")
+        _need(
+            self.tau1 <= self.tau2,
+            f"strategy.tau1={self.tau1:g} is above strategy.tau2={self.tau2:g}; "
+            "tau1 bounds the in-sensitive blocks and must not exceed tau2 (published: 0.05 and 10).",
+        )
+
+
+@dataclass
+class EvalConfig:
+    name: str = "none"
+    """Name of the option in conf/eval."""
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval task names; [] evaluates no task (perplexity is still measured)."""
+    include_path: str | None = None
+    """Folder with the tasks' YAML files and data; relative as model.path."""
+    num_fewshot: int | None = None
+    """Examples shown before each item; null leaves it to each task's own YAML (default)."""
+    limit: int | None = None
+    """Items per task, the first ones; null takes all (default)."""
+    batch_size: int = 32
+    """Items per forward. 32 keeps a CPU busy; scores do not depend on it beyond rounding."""
+
+    def check(self) -> None:
+        _need(self.batch_size >= 1, f"eval.batch_size={self.batch_size} is no batch; give 1 or more.")
+        _need(
+            self.limit is None or self.limit >= 1,
+            f"eval.limit={self.limit} leaves no items; give 1 or more, or null for all.",
+        )
+        _need(
+            self.num_fewshot is None or self.num_fewshot >= 0,
+            f"eval.num_fewshot={self.num_fewshot} is below 0; give 0 or more, or null for each task's own number.",
+        )
+        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        _need(not twice, f"eval.tasks names {', '.join(twice)} twice; name each task once.")
+
+
+@dataclass
+class DataConfig:
+    name: str = "data"
+    """Name of the option in conf/data."""
+    path: str = ""
+    """Calibration text for the sensitivities, .txt or .jsonl; relative as model.path."""
+    heldout_path: str = ""
+    """Text for the reported perplexity; should share nothing with `path`."""
+    samples: int = 32
+    """Sequences drawn from each text."""
+    sequence_length: int = 256
+    """Tokens per sequence. The paper's 128 samples of 2048 tokens are for models of billions of parameters."""
+
+    def check(self) -> None:
+        _need(self.samples >= 1, f"data.samples={self.samples} is no number of sequences; give 1 or more.")
+        _need(
+            self.sequence_length >= 2,
+            f"data.sequence_length={self.sequence_length} leaves nothing to predict; give 2 tokens or more.",
+        )
+
+
+@dataclass
+class LatencyConfig:
+    name: LatencyKind = LatencyKind.none
+    """none: not measured (null in the record) | cpu: real torchrun ranks over gloo on this machine."""
+    prompt_length: int = 128
+    """Tokens of the prompt (time to first token). 128 as published."""
+    new_tokens: int = 16
+    """Tokens generated after the first (time between tokens)."""
+    batch_size: int = 1
+    """Prompts at once. 1 as published."""
+    launches: int = 5
+    """Separate starts of all ranks: the unit of replication, as medians of launches differ more than repeats do."""
+    repeats: int = 5
+    """Timed repeats of every arm within a launch, interleaved."""
+    warmup: int = 2
+    """Untimed repeats before them."""
+    drops: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0])
+    """Drop fractions timed beside each other in one session, which all points of a sweep then share. 0 is always
+    added: it is the baseline of the speed-ups. A point's own fraction is added if missing."""
+    timeout_s: float = 300.0
+    """Seconds a launch may take before its ranks are ended and the point fails."""
+
+    def check(self) -> None:
+        for name in ("prompt_length", "new_tokens", "batch_size", "launches", "repeats"):
+            _need(getattr(self, name) >= 1, f"latency.{name}={getattr(self, name)} is too small; give 1 or more.")
+        _need(self.warmup >= 0, f"latency.warmup={self.warmup} is below 0; give 0 or more.")
+        _need(
+            self.timeout_s > 0, f"latency.timeout_s={self.timeout_s:g} leaves no time; give seconds, 300 for instance."
+        )
+        for drop in self.drops:
+            _need(0 <= drop <= 1, f"latency.drops has {drop:g}; give fractions between 0 and 1, as in [0,0.5,1].")
+
+
+@dataclass
+class TrackerConfig:
+    name: Tracker = Tracker.wandb
+    """wandb: mirror records to Weights & Biases, offline unless you are logged in | none."""
+    project: str = "spd"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null is your default."""
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which checkpoint, in which type, on which device."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How many ranks."""
+    interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
+    """What joins them."""
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """How dropped blocks are chosen and treated."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What accuracy means."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Texts for sensitivity and perplexity."""
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    """What is timed, and how often."""
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    """Where records are mirrored."""
+    drop: float = 0.0
+    """Fraction n/L of the blocks whose attention sync point is dropped, 0..1, rounded to whole blocks."""
+    seed: int = 0
+    """Draws the samples of the texts and the few-shot examples."""
+    sweep: str = "default"
+    """Name of the sweep: its folder under output_dir/sweeps and its group in W&B. By default the time of the start."""
+    output_dir: str = "runs"
+    """Where records, caches and sweeps go; relative to the working directory."""
+
+    def check(self) -> None:
+        """Raises UserError for the first value out of range, here or in a section."""
+        for section in (self.model, self.parallel, self.strategy, self.eval, self.data, self.latency):
+            section.check()
+        _need(
+            0 <= self.drop <= 1,
+            f"drop={self.drop:g} is no fraction of the blocks; give a number between 0 and 1, as in drop=0.5 for half.",
+        )
+        _need(self.seed >= 0, f"seed={self.seed} is below 0; give 0 or more.")
+        _need(
+            re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.sweep) is not None,
+            f"sweep={self.sweep!r} cannot name a folder; use letters, digits, and any of . _ + -",
+        )
+        _need(bool(self.output_dir.strip()), "output_dir is empty; give a folder, as in output_dir=runs.")
+
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def from_hydra(composed: DictConfig) -> RunConfig:
+    """The validated RunConfig of a composed configuration (without its `hydra` node).
+
+    Raises:
+        UserError: a key that does not exist, a value of the wrong type or out of range, a file that is not there.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(config, RunConfig)
+    config.check()
+    _check_files(config)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON-able values, enums by name."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def find_path(path: str) -> Path | None:
+    """The file or folder that `path` means: absolute, in the working directory, or in the repository; else None."""
+    given = Path(path).expanduser()
+    for candidate in (Path.cwd() / given, ROOT / given):
+        if candidate.exists():
+            return candidate.resolve()
+    return None
+
+
+def need_path(path: str, setting: str) -> Path:
+    """`find_path`, or a UserError that names the setting."""
+    found = find_path(path) if path else None
+    if found is None:
+        raise UserError(
+            f"{setting}={path!r} does not exist, neither in {Path.cwd()} nor in {ROOT}; give one that does."
+        )
+    return found
+
+
+def _check_files(config: RunConfig) -> None:
+    need_path(config.data.path, "data.path")
+    need_path(config.data.heldout_path, "data.heldout_path")
+    if config.eval.tasks:
+        if config.eval.include_path is None:
+            raise UserError(f"eval.tasks={config.eval.tasks} without eval.include_path: {_OFFICIAL_TASKS}.")
+        include = need_path(config.eval.include_path, "eval.include_path")
+        known = task_names(include)
+        for task in config.eval.tasks:
+            if task not in known:
+                raise UserError(f"eval.tasks names {task!r}, which is no task in {include}. {_nearest(task, known)}")
+
+
+def task_names(include_path: Path) -> list[str]:
+    """Names of the lm-eval tasks and groups that the YAML files under a folder define."""
+    names = set()
+    for file in include_path.rglob("*.yaml"):
+        # lm-eval's own tags (!function) mean nothing here; only the name is wanted.
+        found = re.search(r"^(?:task|group):[ \t]*([\w.-]+)[ \t]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            names.add(found[1])
+    return sorted(names)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    listed = f"Known: {', '.join(known)}." if known else "There are none."
+    return f"Did you mean {close[0]}? {listed}" if close else listed
+
+
+def explain(error: BaseException) -> str:
+    """One readable message for an error of Hydra's or OmegaConf's, naming what to write instead."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if (group, option) in NOT_YET:
+            return f"{group}={option} is not available in this version: {NOT_YET[group, option]}."
+        return f"{group}={option}: there is no such option in conf/{group}. {_nearest(option, list(error.options))}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _explain_key(str(cause.full_key), cause)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read; write key=value, and quote a value with spaces or commas."
+    return str(error).strip()
+
+
+def _explain_key(full_key: str, error: OmegaConfBaseException) -> str:
+    holder, known = _keys_beside(full_key)
+    last = full_key.rpartition(".")[2]
+    if last not in known:
+        where = f"in {holder}" if holder else "at the top level"
+        return f"{full_key}: there is no such setting {where}. {_nearest(last, known)}"
+    text = str(error).splitlines()[0]
+    value = re.search(r"[Vv]alue '([^']*)'", text)
+    group = full_key.removesuffix(".name")
+    if value and (group, value[1]) in NOT_YET:
+        return f"{group}={value[1]} is not available in this version: {NOT_YET[group, value[1]]}."
+    expected = _expected(full_key)
+    given = f"{full_key}={value[1]}" if value else full_key
+    return f"{given}: {expected} is needed." if expected else f"{full_key}: {text}"
+
+
+def _keys_beside(full_key: str) -> tuple[str, list[str]]:
+    """The nearest existing section above a key, and the names of the settings in it."""
+    holder: Any = RunConfig
+    path = []
+    for part in full_key.split(".")[:-1]:
+        types = {item.name: item.type for item in dataclasses.fields(holder)}
+        if not dataclasses.is_dataclass(types.get(part)):
+            break
+        holder = types[part]
+        path.append(part)
+    return ".".join(path), [item.name for item in dataclasses.fields(holder)]
+
+
+def _expected(full_key: str) -> str | None:
+    """What a setting takes, in words."""
+    kind: Any = RunConfig
+    for part in full_key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return None
+        kind = {item.name: item.type for item in dataclasses.fields(kind)}.get(part)
+    if dataclasses.is_dataclass(kind):
+        return "a group of settings (choose one from conf/)"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(member.name for member in kind)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        int | None: "a whole number or null",
+        str | None: "a text or null",
+        list[str]: "a list of texts, as in [a,b],",
+        list[float]: "a list of numbers, as in [0,0.5],",
+    }
+    return words.get(kind)
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `run.py` can be given again."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+HydraError = (HydraException, OmegaConfBaseException)
+"""What Hydra and OmegaConf raise for a configuration they cannot compose; `explain` words it."""

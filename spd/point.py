@@ -1,0 +1,373 @@
+"""One point: a configuration in, its record out.
+
+    sensitivity (shared) -> plan -> apply -> perplexity, accuracy (virtual ranks) -> latency (real ranks, shared)
+
+Each of these steps is cached by what determines it, so a point that was stopped half-way goes on at the step it was at.
+"""
+
+import logging
+import time
+import traceback
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spd import checkpoint
+from spd.checkpoint import read_config
+from spd.config import Device, LatencyKind, RunConfig, dump_yaml, find_path, need_path, to_dict
+from spd.errors import UserError
+from spd.families import family_of
+from spd.launch import check_port
+from spd.plan import make_plan
+from spd.progress import Display
+from spd.results import FORMAT, Record, Results, digest, environment, file_digest, hardware, is_disk_full
+from spd.sensitivity import SensitivityReport, measure_sensitivity
+from spd.sharding import check_tp_size
+
+log = logging.getLogger(__name__)
+
+# What cannot change a result (names of places, ports, how long to wait) or is replaced by a hash of its contents.
+_NOT_IN_KEY = {
+    "tracker": None,
+    "sweep": None,
+    "output_dir": None,
+    "parallel": {"port"},
+    "latency": {"timeout_s"},
+    "model": {"path"},
+    "data": {"path", "heldout_path"},
+    "eval": {"include_path"},
+}
+
+
+def check(config: RunConfig) -> None:
+    """Everything about a point that can be refused before any work, beyond the configuration itself.
+
+    Raises:
+        UserError: the checkpoint is incomplete, its family unknown, tp_size does not cut it evenly, a sequence is longer
+            than it takes, the port is taken, or the device is not there.
+    """
+    folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
+    hf = read_config(folder)
+    check_tp_size(family_of(hf), hf, config.parallel.tp_size)
+    longest = getattr(hf, "max_position_embeddings", None)
+    if longest:
+        for setting, length in (
+            ("data.sequence_length", config.data.sequence_length),
+            ("latency.prompt_length + latency.new_tokens", config.latency.prompt_length + config.latency.new_tokens),
+        ):
+            if length > longest and (setting[0] == "d" or config.latency.name is not LatencyKind.none):
+                raise UserError(f"{setting} is {length}, and {folder} has {longest} positions; give at most {longest}.")
+    if config.latency.name is not LatencyKind.none:
+        check_port(config.parallel.port)
+    if config.model.device is Device.cuda:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
+
+
+def run_point(config: RunConfig, display: Display) -> Record:
+    """The record of a point, computed unless it is there already.
+
+    Never raises for what concerns this point alone: a failure is a record with status "failed", kept beside the others
+    and tried again next time. Raises OSError when nothing more can be written, and lets Ctrl-C through.
+    """
+    results = Results(Path(config.output_dir), say=display.say)
+    started = time.monotonic()
+    record = _new_record(config)
+    try:
+        display.step("checking")
+        point = _Point(config, results, display)
+        record |= {"key": point.key, "weights": point.weights}
+        done = results.find(point.key)
+        if done is not None:
+            display.say(f"done before, not computed again ({results.folder(point.key) / 'result.json'}).")
+            return done
+        record["environment"] = environment()
+        results.begin(point.key, dump_yaml(config))
+        for name, value in point.steps():
+            record[name] = value
+        record["status"] = "done"
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        record["error"] = _describe(error, record, results)
+        display.say(f"failed: {record['error']}")
+    record["environment"]["seconds"] = round(time.monotonic() - started, 3)
+    if record["key"] is not None:
+        results.finish(record)
+    _track(record, config, display)
+    return record
+
+
+class _Point:
+    """The steps of one point, each computed when first asked for."""
+
+    def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
+        self.config, self.results, self.display = config, results, display
+        self.folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
+        self.weights = checkpoint.fingerprint(self.folder)
+        self.files = _Files.of(config, self.folder)
+        self.key = self._key()
+
+    def _key(self) -> str:
+        settings = to_dict(self.config)
+        for section, names in _NOT_IN_KEY.items():
+            if names is None:
+                del settings[section]
+            else:
+                settings[section] = {name: value for name, value in settings[section].items() if name not in names}
+        parts = {"format": FORMAT, "config": settings, "weights": self.weights, "files": self.files.digests}
+        if self.config.latency.name is not LatencyKind.none:
+            parts["machine"] = _machine()
+        return digest(parts)
+
+    def steps(self) -> Any:
+        """Yields (name in the record, value), in the order they are computed."""
+        yield "sensitivity", self.sensitivity
+        yield "plan", self.plan(self.config.drop).to_dict()
+        yield "perplexity", self.perplexity
+        if self.config.eval.tasks:
+            yield "accuracy", self.accuracy
+        if self.config.latency.name is not LatencyKind.none:
+            yield "latency", self.latency
+
+    @property
+    def _model_parts(self) -> dict[str, Any]:
+        model, files = self.config.model, self.files.digests
+        return {
+            "weights": self.weights,
+            "tokenizer": files["tokenizer"],
+            "tp_size": self.config.parallel.tp_size,
+            "dtype": model.dtype.name,
+            "device": model.device.name,
+        }
+
+    @property
+    def _samples_parts(self) -> dict[str, Any]:
+        data = self.config.data
+        return {"samples": data.samples, "sequence_length": data.sequence_length, "seed": self.config.seed}
+
+    @property
+    def _dropped_parts(self) -> dict[str, Any]:
+        return {"strategy": self.config.strategy.name.name, "dropped": self.plan(self.config.drop).dropped}
+
+    @cached_property
+    def model(self) -> Any:
+        from spd.model import load
+
+        self.display.step(f"loading {self.config.model.name} for {self.config.parallel.tp_size} virtual ranks")
+        model = self.config.model
+        return load(
+            self.folder,
+            tp_size=self.config.parallel.tp_size,
+            ranks="virtual",
+            dtype=model.dtype.name,
+            device=model.device.name,
+        )
+
+    def _samples(self, setting: str) -> Any:
+        from spd.data import load_samples
+
+        data = self.config.data
+        return load_samples(
+            need_path(getattr(data, setting), f"data.{setting}"),
+            self.model.tokenizer,
+            samples=data.samples,
+            sequence_length=data.sequence_length,
+            seed=self.config.seed,
+        )
+
+    @cached_property
+    def sensitivity(self) -> dict[str, Any]:
+        order = self.config.strategy.order.name
+
+        def measure() -> dict[str, Any]:
+            samples = self._samples("path")
+            self.display.step("measuring sensitivities")
+            return measure_sensitivity(self.model, samples, order=order, on_progress=self.display).to_dict()
+
+        parts = {**self._model_parts, **self._samples_parts, "order": order, "text": self.files.digests["calibration"]}
+        return self.results.cached("sensitivity", parts, measure)
+
+    def plan(self, drop: float) -> Any:
+        strategy = self.config.strategy
+        return make_plan(
+            SensitivityReport.from_dict(self.sensitivity),
+            drop=drop,
+            strategy=strategy.name.name,
+            tau1=strategy.tau1,
+            tau2=strategy.tau2,
+            thresholds=strategy.thresholds.name,
+        )
+
+    @cached_property
+    def prepared(self) -> Any:
+        """The model with the plan applied."""
+        from spd.strategies import apply
+
+        return apply(self.model, self.plan(self.config.drop))
+
+    @property
+    def perplexity(self) -> dict[str, Any]:
+        from spd.perplexity import perplexity
+
+        def measure() -> dict[str, Any]:
+            samples = self._samples("heldout_path")
+            self.display.step("measuring perplexity")
+            value = perplexity(self.prepared, samples)
+            return {"value": value, "tokens": samples.shape[0] * (samples.shape[1] - 1)}
+
+        parts = {
+            **self._model_parts,
+            **self._samples_parts,
+            **self._dropped_parts,
+            "text": self.files.digests["heldout"],
+        }
+        return self.results.cached("perplexity", parts, measure)
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        settings, seed = self.config.eval, self.config.seed
+        asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed}
+
+        def measure() -> dict[str, Any]:
+            from spd.evaluation import evaluate
+
+            model = self.prepared
+            self.display.step("evaluating")
+            include = need_path(settings.include_path, "eval.include_path") if settings.include_path else None
+            return evaluate(
+                model,
+                tasks=settings.tasks,
+                include_path=include,
+                batch_size=settings.batch_size,
+                on_progress=self.display,
+                **asked,
+            )
+
+        parts = {
+            **self._model_parts,
+            **self._dropped_parts,
+            **asked,
+            "tasks": settings.tasks,
+            "files": self.files.digests["tasks"],
+        }
+        return self.results.cached("accuracy", parts, measure)
+
+    @property
+    def latency(self) -> dict[str, Any]:
+        from spd.latency import measure_latency, summarise
+
+        settings, parallel = self.config.latency, self.config.parallel
+        drops = sorted({0.0, self.config.drop, *settings.drops})
+        arms = {f"{drop:g}": self.plan(drop).dropped for drop in drops}
+        asked: dict[str, Any] = {
+            "dtype": self.config.model.dtype.name,
+            "prompt_length": settings.prompt_length,
+            "new_tokens": settings.new_tokens,
+            "batch_size": settings.batch_size,
+            "launches": settings.launches,
+            "repeats": settings.repeats,
+            "warmup": settings.warmup,
+        }
+
+        def measure() -> dict[str, Any]:
+            self.display.step(f"measuring latency on {parallel.tp_size} ranks")
+            return measure_latency(
+                self.folder,
+                parallel.tp_size,
+                arms,
+                port=parallel.port,
+                timeout_s=settings.timeout_s,
+                log_dir=self.results.folder(self.key) / "latency",
+                on_progress=self.display,
+                **asked,
+            )
+
+        parts = {
+            **asked,
+            "weights": self.weights,
+            "tp_size": parallel.tp_size,
+            "arms": arms,
+            "interconnect": self.config.interconnect.name.name,
+            "machine": _machine(),
+        }
+        return summarise(self.results.cached("latency", parts, measure), arm=f"{self.config.drop:g}", baseline="0")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Hashes of the files a point reads, in the place of their paths: moved files are the same files."""
+
+    digests: dict[str, str | None]
+
+    @classmethod
+    def of(cls, config: RunConfig, folder: Path) -> "_Files":
+        tokenizer = [
+            file_digest(file) for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".safetensors"
+        ]
+        include = config.eval.include_path if config.eval.tasks else None
+        return cls(
+            {
+                "tokenizer": digest(tokenizer),
+                "calibration": file_digest(need_path(config.data.path, "data.path")),
+                "heldout": file_digest(need_path(config.data.heldout_path, "data.heldout_path")),
+                "tasks": file_digest(need_path(include, "eval.include_path")) if include else None,
+            }
+        )
+
+
+def _machine() -> dict[str, Any]:
+    """What a latency belongs to."""
+    here = hardware()
+    return {name: here[name] for name in ("cpu", "cores", "gpus")}
+
+
+def _new_record(config: RunConfig) -> Record:
+    return {
+        "format": FORMAT,
+        "key": None,
+        "status": "failed",
+        "error": None,
+        "sweep": config.sweep,
+        "config": to_dict(config),
+        "weights": None,
+        "environment": {"seconds": None},
+        "sensitivity": None,
+        "plan": None,
+        "perplexity": None,
+        "accuracy": None,
+        "latency": None,
+    }
+
+
+def failed_record(config: dict[str, Any], sweep: str, error: str) -> Record:
+    """The record of a point that never began, or whose job ended without leaving one."""
+    return {**_new_record(RunConfig(sweep=sweep)), "config": config, "error": error}
+
+
+def _describe(error: Exception, record: Record, results: Results) -> str:
+    """One line for the record; whatever is not the user's to mend keeps its traceback in the point's folder."""
+    if isinstance(error, UserError):
+        return str(error)
+    log.error("The point failed.", exc_info=error)
+    where = ""
+    if record["key"] is not None:
+        file = results.folder(record["key"]) / "traceback.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        where = f" (traceback in {file})"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}{where}"
+
+
+def _track(record: Record, config: RunConfig, display: Display) -> None:
+    try:
+        from spd import tracking
+
+        tracking.log_point(record, config)
+    except Exception as error:  # W&B only mirrors the record, which is kept by now
+        log.warning("W&B failed.", exc_info=error)
+        display.say(f"Warning: not logged to W&B ({type(error).__name__}: {error}).")

@@ -1,0 +1,195 @@
+"""A sweep, seen as a whole: every point is checked before the first one starts, and the records become one table.
+
+Hydra calls `SweepCallback` (conf/config.yaml) before a multirun; run.py calls `Sweep.finish` after it, also when the
+launcher gave up on a job. Jobs may run here or on a Slurm cluster: what they share is the sweep's folder, where each
+job leaves the place of its record.
+
+    <output_dir>/sweeps/<sweep>/points.json       the overrides of every point, written before any work
+    <output_dir>/sweeps/<sweep>/<job>/point.json  where the job's record is
+    <output_dir>/sweeps/<sweep>/points.csv, curve.png
+"""
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from spd.config import HydraError, RunConfig, explain, from_hydra, to_dict
+from spd.errors import UserError
+from spd.results import Record, is_disk_full, read_record, to_frame, write_json, write_text
+
+POINTS_FILE = "points.json"
+POINTER_FILE = "point.json"
+
+
+class Sweep:
+    """The points of one multirun, and their records."""
+
+    current: "Sweep | None" = None
+    """The sweep of this process. Hydra makes the callback, so this is where run.py finds it."""
+
+    def __init__(self, folder: Path, overrides: list[list[str]], configs: list[RunConfig]) -> None:
+        self.folder, self.overrides, self.configs = folder, overrides, configs
+
+    def begin(self) -> None:
+        """Writes down which points there are, and forgets what jobs of an earlier run of the sweep were."""
+        for number in range(len(self.configs)):
+            (self.folder / str(number) / POINTER_FILE).unlink(missing_ok=True)
+        points = [
+            {"overrides": overrides, "config": to_dict(config)}
+            for overrides, config in zip(self.overrides, self.configs, strict=True)
+        ]
+        write_json(self.folder / POINTS_FILE, points)
+
+    def records(self) -> list[Record]:
+        """One record a point, in the order of the sweep; a point without one counts as failed and says why."""
+        return [self._record(number, config) for number, config in enumerate(self.configs)]
+
+    def _record(self, number: int, config: RunConfig) -> Record:
+        from spd.point import failed_record
+
+        job = self.folder / str(number)
+        try:
+            return read_record(Path(json.loads((job / POINTER_FILE).read_text(encoding="utf-8"))["record"]))
+        except (FileNotFoundError, ValueError, KeyError):
+            why = f"its job ended without a record; see {job} and the logs of the launcher"
+            return failed_record(to_dict(config), config.sweep, why)
+
+    def finish(self) -> bool:
+        """Writes points.csv and the curve, prints the table, mirrors all to W&B. True if every point is done."""
+        from spd import figures, tracking
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        records = self.records()
+        csv, png = self.folder / "points.csv", self.folder / "curve.png"
+        write_text(csv, to_frame(records).to_csv(index=False))
+        done = [record for record in records if record["status"] == "done"]
+        print_table(records, f"Sweep {self.configs[0].sweep}")
+        for what, make in (
+            ("the curve", lambda: figures.plot_curve(done, png)),
+            ("W&B", lambda: tracking.log_sweep(records, csv, png, self.configs[0])),
+        ):
+            try:
+                if done:
+                    make()
+            except Exception as error:  # the numbers are safe in the CSV; a picture must not lose them
+                if is_disk_full(error):
+                    raise
+                console.print(f"Warning: {what} failed ({type(error).__name__}: {error}).", markup=False)
+        for record in records:
+            if record["status"] != "done":
+                console.print(f"Failed: drop {record['config']['drop']:g}: {record['error']}", markup=False)
+        curve = f"  Curve: {png}" if png.exists() else ""
+        print(f"{len(done)} of {len(records)} points are done. Table: {csv}{curve}")
+        return len(done) == len(records)
+
+
+class SweepCallback(Callback):
+    """Checks a multirun before any job starts."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Composes and checks the points. Hydra swallows a callback's exceptions, so all that stops is a SystemExit."""
+        try:
+            sweep = compose(config)
+            sweep.begin()
+        except UserError as error:
+            raise SystemExit(f"Error: {error}") from error
+        except HydraError as error:
+            raise SystemExit(f"Error: {explain(error)}") from error
+        except Exception as error:
+            raise SystemExit(traceback.format_exc()) from error
+        Sweep.current = sweep
+
+
+def compose(config: DictConfig) -> Sweep:
+    """Composes and checks every point of a multirun.
+
+    Raises:
+        UserError: one of them is wrong; none has been started.
+    """
+    from spd import point
+
+    arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    arguments += list(config.hydra.overrides.task)
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    loader = hydra.config_loader
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    sweeper: Any = get_class(config.hydra.sweeper._target_)
+    if not hasattr(sweeper, "split_arguments"):
+        raise UserError("Only Hydra's basic sweeper is supported; leave hydra/sweeper out.")
+    overrides = [points for batch in sweeper.split_arguments(parsed, None) for points in batch]
+    configs = []
+    for one in overrides:
+        composed = loader.load_sweep_config(config, one)
+        with_hydra = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        try:
+            configs.append(from_hydra(with_hydra))
+        except UserError as error:
+            which = f"The point {' '.join(one)}; none of the {len(overrides)} points was started."
+            raise UserError(f"{error}\n({which})") from error
+    for checked in {(c.model.path, c.parallel.tp_size, c.model.device, c.latency.name): c for c in configs}.values():
+        point.check(checked)
+    return Sweep(Path(str(config.hydra.sweep.dir)), overrides, configs)
+
+
+def position(job_folder: Path) -> str:
+    """ "3/7" for the third of seven jobs; "" outside a sweep."""
+    try:
+        points = json.loads((job_folder.parent / POINTS_FILE).read_text(encoding="utf-8"))
+        return f"{int(job_folder.name) + 1}/{len(points)}"
+    except (FileNotFoundError, ValueError):
+        return ""
+
+
+def leave_pointer(job_folder: Path, record: Record, output_dir: Path) -> None:
+    """Tells the sweep where this job's record is. One without a key (nothing was read yet) is kept with the job."""
+    path = output_dir / "points" / record["key"] / "result.json" if record["key"] else job_folder / "result.json"
+    if not record["key"]:
+        write_json(path, record)
+    write_json(job_folder / POINTER_FILE, {"record": str(path.resolve()), "status": record["status"]})
+
+
+def print_table(records: list[Record], title: str | None = None) -> None:
+    """Records in the terminal: what dropping costs, what it buys, how sure that is."""
+    frame = to_frame(records)
+    table = Table(title=title, title_justify="left")
+    varying = [name for name in ("model", "tp_size", "strategy") if frame[name].nunique() > 1]
+    for name in [*varying, "drop", "blocks", "accuracy", "perplexity", "TTFT ms", "TPOT ms", "TTFT speed-up", "status"]:
+        table.add_column(name, justify="left" if name in ("model", "strategy", "status") else "right")
+    for _, row in frame.iterrows():
+        table.add_row(
+            *[str(row[name]) for name in varying],
+            f"{row['drop']:g}",
+            _number(row["num_dropped"], "{:.0f}"),
+            _number(row["accuracy_mean"], "{:.3f}") + _number(row["accuracy_mean_stderr"], " ± {:.3f}", ""),
+            _number(row["perplexity"], "{:.3f}"),
+            _interval(row, "ttft_ms", "{:.1f}"),
+            _interval(row, "tpot_ms", "{:.2f}"),
+            _interval(row, "ttft_speedup_percent", "{:+.1f}", " %"),
+            row["status"],
+        )
+    # A pipe has no width; a table cut at 80 columns would be unreadable.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
+
+
+def _number(value: Any, form: str, missing: str = "-") -> str:
+    return missing if value is None or value != value else form.format(value)
+
+
+def _interval(row: Any, name: str, form: str, unit: str = "") -> str:
+    if row[name] is None or row[name] != row[name]:
+        return "-"
+    low, high = _number(row[f"{name}_low"], form), _number(row[f"{name}_high"], form)
+    return f"{form.format(row[name])}{unit} [{low}, {high}]"
