@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from traceback import extract_tb
 from types import FrameType
 
 import hydra
@@ -65,6 +66,8 @@ def cli() -> int | str:
                 raise
             return f"Error: {explain(error)}"
         except Exception as error:
+            if isinstance(error, ValueError) and "hydra" in Path(extract_tb(error.__traceback__)[-1].filename).parts:
+                return f"Error: {error}"  # an override that Hydra itself refuses, but not in its own terms
             if Sweep.current is None or is_disk_full(error):
                 raise
             # A launcher that lost a job: what the other jobs found is summed up all the same.

@@ -356,9 +356,8 @@ def need_path(path: str, setting: str) -> Path:
     """`find_path`, or a UserError that names the setting."""
     found = find_path(path) if path else None
     if found is None:
-        raise UserError(
-            f"{setting}={path!r} does not exist, neither in {Path.cwd()} nor in {ROOT}; give one that does."
-        )
+        where = " or ".join(dict.fromkeys([str(Path.cwd()), str(ROOT)]))
+        raise UserError(f"{setting}={path!r} does not exist (looked for in {where}); give one that does.")
     return found
 
 
@@ -387,9 +386,9 @@ def task_names(include_path: Path) -> list[str]:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
     listed = f"Known: {', '.join(known)}." if known else "There are none."
-    return f"Did you mean {close[0]}? {listed}" if close else listed
+    return f"Did you mean {' or '.join(close)}? {listed}" if close else listed
 
 
 def explain(error: BaseException) -> str:
@@ -406,10 +405,22 @@ def explain(error: BaseException) -> str:
         return _explain_key(str(cause.full_key), cause)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; write key=value, and quote a value with spaces or commas."
-    return str(error).strip()
+    text = str(error).strip()
+    several = re.match(r"Ambiguous value for argument '(.*)'", text)
+    if several:
+        return (
+            f"{several[1]} gives several values; to sweep over them put -m first, as in "
+            f"python run.py -m {several[1]}, and write a list as [a,b]."
+        )
+    if "appears more than once" in text or text.startswith("Multiple values for"):
+        return f"{text}. A group that is there already is chosen without '+', as in strategy=zs."
+    return text
 
 
 def _explain_key(full_key: str, error: OmegaConfBaseException) -> str:
+    if full_key.startswith("hydra."):
+        return f"{full_key}: {str(error).splitlines()[0]}"
+    full_key = re.sub(r"\[\d+\]", "", full_key)  # an item of a list is explained as the list
     holder, known = _keys_beside(full_key)
     last = full_key.rpartition(".")[2]
     if last not in known:

@@ -8,22 +8,31 @@ Each of these steps is cached by what determines it, so a point that was stopped
 import logging
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from spd import checkpoint
 from spd.checkpoint import read_config
 from spd.config import Device, LatencyKind, RunConfig, dump_yaml, find_path, need_path, to_dict
+from spd.data import load_samples
 from spd.errors import UserError
 from spd.families import family_of
+from spd.latency import measure_latency, summarise
 from spd.launch import check_port
-from spd.plan import make_plan
+from spd.model import TensorParallelLM, load
+from spd.perplexity import perplexity
+from spd.plan import DropPlan, make_plan
 from spd.progress import Display
 from spd.results import FORMAT, Record, Results, digest, environment, file_digest, hardware, is_disk_full
 from spd.sensitivity import SensitivityReport, measure_sensitivity
 from spd.sharding import check_tp_size
+from spd.strategies import apply
 
 log = logging.getLogger(__name__)
 
@@ -40,31 +49,33 @@ _NOT_IN_KEY = {
 }
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, here: bool = True) -> None:
     """Everything about a point that can be refused before any work, beyond the configuration itself.
 
+    Args:
+        here: whether the point will run on this machine; if not, its port and device are not looked at.
+
     Raises:
-        UserError: the checkpoint is incomplete, its family unknown, tp_size does not cut it evenly, a sequence is longer
-            than it takes, the port is taken, or the device is not there.
+        UserError: the checkpoint is incomplete, its family unknown, tp_size does not cut it evenly, a text is empty or
+            shorter than a sequence, a sequence too long for the model, the port taken, or the device not there.
     """
     folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
     hf = read_config(folder)
     check_tp_size(family_of(hf), hf, config.parallel.tp_size)
-    longest = getattr(hf, "max_position_embeddings", None)
-    if longest:
-        for setting, length in (
-            ("data.sequence_length", config.data.sequence_length),
-            ("latency.prompt_length + latency.new_tokens", config.latency.prompt_length + config.latency.new_tokens),
-        ):
-            if length > longest and (setting[0] == "d" or config.latency.name is not LatencyKind.none):
-                raise UserError(f"{setting} is {length}, and {folder} has {longest} positions; give at most {longest}.")
+    lengths = {"data.sequence_length": config.data.sequence_length}
     if config.latency.name is not LatencyKind.none:
+        both = config.latency.prompt_length + config.latency.new_tokens
+        lengths["latency.prompt_length + latency.new_tokens"] = both
+    for setting, length in lengths.items():
+        if length > (hf.max_position_embeddings or length):
+            most = hf.max_position_embeddings
+            raise UserError(f"{setting} is {length}, and {folder} takes {most} positions; give at most {most}.")
+    if here and config.latency.name is not LatencyKind.none:
         check_port(config.parallel.port)
-    if config.model.device is Device.cuda:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
+    if here and config.model.device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
+    for setting in ("path", "heldout_path"):
+        _load_samples(config, setting, AutoTokenizer.from_pretrained(folder))
 
 
 def run_point(config: RunConfig, display: Display) -> Record:
@@ -108,7 +119,7 @@ class _Point:
         self.config, self.results, self.display = config, results, display
         self.folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
         self.weights = checkpoint.fingerprint(self.folder)
-        self.files = _Files.of(config, self.folder)
+        self.files = _file_digests(config, self.folder)
         self.key = self._key()
 
     def _key(self) -> str:
@@ -118,12 +129,12 @@ class _Point:
                 del settings[section]
             else:
                 settings[section] = {name: value for name, value in settings[section].items() if name not in names}
-        parts = {"format": FORMAT, "config": settings, "weights": self.weights, "files": self.files.digests}
+        parts = {"format": FORMAT, "config": settings, "weights": self.weights, "files": self.files}
         if self.config.latency.name is not LatencyKind.none:
             parts["machine"] = _machine()
         return digest(parts)
 
-    def steps(self) -> Any:
+    def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (name in the record, value), in the order they are computed."""
         yield "sensitivity", self.sensitivity
         yield "plan", self.plan(self.config.drop).to_dict()
@@ -135,7 +146,7 @@ class _Point:
 
     @property
     def _model_parts(self) -> dict[str, Any]:
-        model, files = self.config.model, self.files.digests
+        model, files = self.config.model, self.files
         return {
             "weights": self.weights,
             "tokenizer": files["tokenizer"],
@@ -154,9 +165,7 @@ class _Point:
         return {"strategy": self.config.strategy.name.name, "dropped": self.plan(self.config.drop).dropped}
 
     @cached_property
-    def model(self) -> Any:
-        from spd.model import load
-
+    def model(self) -> TensorParallelLM:
         self.display.step(f"loading {self.config.model.name} for {self.config.parallel.tp_size} virtual ranks")
         model = self.config.model
         return load(
@@ -167,31 +176,19 @@ class _Point:
             device=model.device.name,
         )
 
-    def _samples(self, setting: str) -> Any:
-        from spd.data import load_samples
-
-        data = self.config.data
-        return load_samples(
-            need_path(getattr(data, setting), f"data.{setting}"),
-            self.model.tokenizer,
-            samples=data.samples,
-            sequence_length=data.sequence_length,
-            seed=self.config.seed,
-        )
-
     @cached_property
     def sensitivity(self) -> dict[str, Any]:
         order = self.config.strategy.order.name
 
         def measure() -> dict[str, Any]:
-            samples = self._samples("path")
+            samples = _load_samples(self.config, "path", self.model.tokenizer)
             self.display.step("measuring sensitivities")
             return measure_sensitivity(self.model, samples, order=order, on_progress=self.display).to_dict()
 
-        parts = {**self._model_parts, **self._samples_parts, "order": order, "text": self.files.digests["calibration"]}
+        parts = {**self._model_parts, **self._samples_parts, "order": order, "text": self.files["calibration"]}
         return self.results.cached("sensitivity", parts, measure)
 
-    def plan(self, drop: float) -> Any:
+    def plan(self, drop: float) -> DropPlan:
         strategy = self.config.strategy
         return make_plan(
             SensitivityReport.from_dict(self.sensitivity),
@@ -203,18 +200,14 @@ class _Point:
         )
 
     @cached_property
-    def prepared(self) -> Any:
+    def prepared(self) -> TensorParallelLM:
         """The model with the plan applied."""
-        from spd.strategies import apply
-
         return apply(self.model, self.plan(self.config.drop))
 
     @property
     def perplexity(self) -> dict[str, Any]:
-        from spd.perplexity import perplexity
-
         def measure() -> dict[str, Any]:
-            samples = self._samples("heldout_path")
+            samples = _load_samples(self.config, "heldout_path", self.model.tokenizer)
             self.display.step("measuring perplexity")
             value = perplexity(self.prepared, samples)
             return {"value": value, "tokens": samples.shape[0] * (samples.shape[1] - 1)}
@@ -223,7 +216,7 @@ class _Point:
             **self._model_parts,
             **self._samples_parts,
             **self._dropped_parts,
-            "text": self.files.digests["heldout"],
+            "text": self.files["heldout"],
         }
         return self.results.cached("perplexity", parts, measure)
 
@@ -233,7 +226,7 @@ class _Point:
         asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed}
 
         def measure() -> dict[str, Any]:
-            from spd.evaluation import evaluate
+            from spd.evaluation import evaluate  # imports lm-eval: slow, and not needed where no task is asked for
 
             model = self.prepared
             self.display.step("evaluating")
@@ -252,14 +245,12 @@ class _Point:
             **self._dropped_parts,
             **asked,
             "tasks": settings.tasks,
-            "files": self.files.digests["tasks"],
+            "files": self.files["tasks"],
         }
         return self.results.cached("accuracy", parts, measure)
 
     @property
     def latency(self) -> dict[str, Any]:
-        from spd.latency import measure_latency, summarise
-
         settings, parallel = self.config.latency, self.config.parallel
         drops = sorted({0.0, self.config.drop, *settings.drops})
         arms = {f"{drop:g}": self.plan(drop).dropped for drop in drops}
@@ -274,7 +265,7 @@ class _Point:
         }
 
         def measure() -> dict[str, Any]:
-            self.display.step(f"measuring latency on {parallel.tp_size} ranks")
+            self.display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} ranks")
             return measure_latency(
                 self.folder,
                 parallel.tp_size,
@@ -297,26 +288,23 @@ class _Point:
         return summarise(self.results.cached("latency", parts, measure), arm=f"{self.config.drop:g}", baseline="0")
 
 
-@dataclass(frozen=True)
-class _Files:
+def _file_digests(config: RunConfig, folder: Path) -> dict[str, str | None]:
     """Hashes of the files a point reads, in the place of their paths: moved files are the same files."""
+    texts = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja"))
+    tasks = config.eval.include_path if config.eval.tasks else None
+    return {
+        "tokenizer": digest([file_digest(file) for file in texts]),
+        "calibration": file_digest(need_path(config.data.path, "data.path")),
+        "heldout": file_digest(need_path(config.data.heldout_path, "data.heldout_path")),
+        "tasks": file_digest(need_path(tasks, "eval.include_path")) if tasks else None,
+    }
 
-    digests: dict[str, str | None]
 
-    @classmethod
-    def of(cls, config: RunConfig, folder: Path) -> "_Files":
-        tokenizer = [
-            file_digest(file) for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".safetensors"
-        ]
-        include = config.eval.include_path if config.eval.tasks else None
-        return cls(
-            {
-                "tokenizer": digest(tokenizer),
-                "calibration": file_digest(need_path(config.data.path, "data.path")),
-                "heldout": file_digest(need_path(config.data.heldout_path, "data.heldout_path")),
-                "tasks": file_digest(need_path(include, "eval.include_path")) if include else None,
-            }
-        )
+def _load_samples(config: RunConfig, setting: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids [samples, sequence_length] of the text that `data.<setting>` names."""
+    data = config.data
+    path = need_path(getattr(data, setting), f"data.{setting}")
+    return load_samples(path, tokenizer, data.samples, data.sequence_length, config.seed)
 
 
 def _machine() -> dict[str, Any]:

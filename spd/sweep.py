@@ -11,6 +11,7 @@ job leaves the place of its record.
 
 import json
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from spd.config import HydraError, RunConfig, explain, from_hydra, to_dict
+from spd.config import HydraError, RunConfig, dump_yaml, explain, from_hydra, to_dict
 from spd.errors import UserError
 from spd.results import Record, is_disk_full, read_record, to_frame, write_json, write_text
 
@@ -130,14 +131,15 @@ def compose(config: DictConfig) -> Sweep:
     configs = []
     for one in overrides:
         composed = loader.load_sweep_config(config, one)
-        with_hydra = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        with_hydra = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         try:
             configs.append(from_hydra(with_hydra))
         except UserError as error:
             which = f"The point {' '.join(one)}; none of the {len(overrides)} points was started."
             raise UserError(f"{error}\n({which})") from error
-    for checked in {(c.model.path, c.parallel.tp_size, c.model.device, c.latency.name): c for c in configs}.values():
-        point.check(checked)
+    here = str(config.hydra.launcher._target_).endswith(".BasicLauncher")
+    for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
+        point.check(distinct, here)
     return Sweep(Path(str(config.hydra.sweep.dir)), overrides, configs)
 
 
@@ -192,4 +194,4 @@ def _interval(row: Any, name: str, form: str, unit: str = "") -> str:
     if row[name] is None or row[name] != row[name]:
         return "-"
     low, high = _number(row[f"{name}_low"], form), _number(row[f"{name}_high"], form)
-    return f"{form.format(row[name])}{unit} [{low}, {high}]"
+    return f"{form.format(row[name])}{unit}" + (f" [{low}, {high}]" if low != "-" else "")
