@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # the models here are too small to gain from more, and ranks share the cores
+
 WORDS = [f"word{i}" for i in range(60)]
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=64)
 FAMILIES: dict[str, dict[str, Any]] = {
