@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from spd.errors import UserError
@@ -43,7 +44,6 @@ def user_error(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
 
 def sleep_for_ever(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
     if (marker := arguments.get("marker")) is not None:
-        with open(f"{marker}{os.environ['RANK']}", "w") as file:
-            file.write(str(os.getpid()))
+        Path(f"{marker}{os.environ['RANK']}").write_text(str(os.getpid()))
     while True:
         time.sleep(0.1)

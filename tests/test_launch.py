@@ -52,7 +52,9 @@ def test_rank_zero_returns_what_all_ranks_computed_and_its_progress_arrives(tmp_
         on_progress=lambda done, total: progress.append((done, total)),
     )
     assert result == {"total": 21.0, "threads": str(threads_per_rank(2)), "ranks": 2}
-    assert progress and progress == sorted(set(progress)) and all(total == 3 for _, total in progress)
+    assert progress
+    assert progress == sorted(set(progress))
+    assert all(total == 3 for _, total in progress)
     assert list(tmp_path.iterdir()) == [], "a launch that went well leaves no files"
 
 
@@ -67,7 +69,8 @@ def test_a_rank_that_raises_ends_the_launch_with_its_own_traceback(tmp_path: Pat
     assert "ZeroDivisionError: this rank divided by zero" in message
     assert "launch_jobs.py" in message
     (folder,) = tmp_path.iterdir()
-    assert str(folder) in message and (folder / "rank1.stderr.log").exists()
+    assert str(folder) in message
+    assert (folder / "rank1.stderr.log").exists()
 
 
 def test_a_killed_rank_ends_the_launch_with_its_signal_and_not_the_others_lost_connection() -> None:
@@ -79,7 +82,7 @@ def test_a_killed_rank_ends_the_launch_with_its_signal_and_not_the_others_lost_c
 
 
 def test_a_user_error_on_a_rank_stays_a_user_error() -> None:
-    with pytest.raises(UserError, match="^there are 8 heads: tp_size 1, 2, 4 or 8 would work$"):
+    with pytest.raises(UserError, match=r"^there are 8 heads: tp_size 1, 2, 4 or 8 would work$"):
         run_ranks("launch_jobs:user_error", {}, tp_size=1)
 
 

@@ -1,0 +1,125 @@
+"""CPU latency: one real session of two ranks, and the statistics on numbers made up here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spd.errors import UserError
+from spd.latency import arm_order, measure_latency, summarise
+
+
+def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    session = measure_latency(
+        tiny_llama,
+        2,
+        {"dense": [], "half": [2], "all": [0, 1, 2]},
+        prompt_length=8,
+        new_tokens=2,
+        batch_size=2,
+        launches=2,
+        repeats=3,
+        warmup=1,
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    session = json.loads(json.dumps(session))
+    for metric in ("ttft_ms", "tpot_ms"):
+        assert list(session[metric]) == ["dense", "half", "all"]
+        times = np.array(list(session[metric].values()))
+        assert times.shape == (3, 2, 3), "arms, launches, repeats"
+        assert (times > 0).all()
+    assert len(session["launch_s"]) == 2
+    assert set(session["scheduling"]) <= {"fifo", "default"}
+    assert progress[-1] == (6, 6)
+    assert progress == sorted(progress)
+
+    entry = summarise(session, "all", baseline="dense")
+    assert (entry["source"], entry["backend"], entry["device"]) == ("measured", "gloo", "cpu")
+    assert entry["launches"] == 2
+    assert entry["ttft_ms"]["median"] == np.median([np.median(times) for times in session["ttft_ms"]["all"]])
+
+
+def test_a_block_that_does_not_exist_is_refused_before_any_launch(tiny_llama: Path) -> None:
+    with pytest.raises(UserError, match=r"drops block 7, but .* has blocks 0 to 2"):
+        measure_latency(tiny_llama, 1, {"dense": [], "odd": [1, 7]}, prompt_length=4, new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"launches": 0}, "latency.launches must be at least 1, got 0"),
+        ({"new_tokens": 0}, "latency.new_tokens must be at least 1"),
+        ({"prompt_length": 60, "new_tokens": 5}, "is 65, but .* takes at most 64 tokens"),
+        ({"port": 99999}, "port 99999 does not exist"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_launch(
+    tiny_llama: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings: dict[str, Any] = {"prompt_length": 8, "new_tokens": 1} | changes
+    with pytest.raises(UserError, match=message):
+        measure_latency(tiny_llama, 2, {"dense": []}, **settings)
+
+
+@pytest.mark.parametrize("num_arms", [1, 2, 3, 7])
+def test_a_steady_drift_falls_on_all_arms_alike(num_arms: int) -> None:
+    repeats = 6
+    places = np.array(
+        [np.argsort(arm_order(num_arms, repeat)) for repeat in range(repeats)]
+    )  # [repeat, arm] -> position
+    assert all(sorted(row) == list(range(num_arms)) for row in places.tolist())
+    assert len(set(places.sum(axis=0).tolist())) == 1
+
+
+def test_the_first_arm_changes_over_the_repeats() -> None:
+    assert {arm_order(3, repeat)[0] for repeat in range(6)} == {0, 1, 2}
+
+
+def made_up_session(launches: int) -> dict[str, Any]:
+    """Launches that differ twofold while the arm takes exactly 80 % of the baseline in each."""
+    rng = np.random.default_rng(3)
+    speeds = rng.uniform(10, 20, size=launches)
+    dense = [(speed * np.array([1.0, 0.9, 1.1])).tolist() for speed in speeds]
+    arm = [(0.8 * np.array(times)).tolist() for times in dense]
+    fields = dict(source="measured", backend="gloo", device="cpu", repeats=3, prompt_length=128, batch_size=1)
+    times = {"dense": dense, "all": arm}
+    return {
+        **fields,
+        "launches": launches,
+        "new_tokens": 4,
+        "threads_per_rank": 1,
+        "scheduling": ["default"] * launches,
+        "ttft_ms": times,
+        "tpot_ms": times,
+    }
+
+
+def test_speed_up_is_paired_by_launch() -> None:
+    entry = summarise(made_up_session(5), "all", baseline="dense")
+    for name in ("ttft_speedup_percent", "tpot_speedup_percent"):
+        assert entry[name] == pytest.approx({"median": 20.0, "low": 20.0, "high": 20.0})
+    time = entry["ttft_ms"]
+    assert time["low"] < time["median"] < time["high"], "the launches themselves differ"
+    assert min(entry["per_launch"]["ttft_ms"]) <= time["low"]
+    assert time["high"] <= max(entry["per_launch"]["ttft_ms"])
+    assert len(entry["per_launch"]["ttft_speedup_percent"]) == 5
+
+
+def test_the_baseline_has_no_speed_up_over_itself() -> None:
+    entry = summarise(made_up_session(3), "dense", baseline="dense")
+    assert entry["ttft_speedup_percent"] == {"median": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_two_launches_give_a_median_without_an_interval() -> None:
+    entry = summarise(made_up_session(2), "all", baseline="dense")
+    assert entry["ttft_ms"]["median"] > 0
+    assert (entry["ttft_ms"]["low"], entry["ttft_ms"]["high"]) == (None, None)
+
+
+def test_the_same_session_gives_the_same_entry() -> None:
+    session = made_up_session(4)
+    assert summarise(session, "all", "dense") == summarise(session, "all", "dense")
+    json.dumps(summarise(session, "all", "dense"), allow_nan=False)
