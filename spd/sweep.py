@@ -10,6 +10,7 @@ job leaves the place of its record.
 """
 
 import json
+import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,8 @@ class SweepCallback(Callback):
         except Exception as error:
             raise SystemExit(traceback.format_exc()) from error
         Sweep.current = sweep
+        here = "" if _runs_here(config) else ", as jobs of the launcher; their folders below it say how far they are"
+        sys.stderr.write(f"Sweep {sweep.configs[0].sweep}: {len(sweep.configs)} points, in {sweep.folder}{here}\n")
 
 
 def compose(config: DictConfig) -> Sweep:
@@ -137,10 +140,13 @@ def compose(config: DictConfig) -> Sweep:
         except UserError as error:
             which = f"The point {' '.join(one)}; none of the {len(overrides)} points was started."
             raise UserError(f"{error}\n({which})") from error
-    here = str(config.hydra.launcher._target_).endswith(".BasicLauncher")
     for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
-        point.check(distinct, here)
+        point.check(distinct, here=_runs_here(config))
     return Sweep(Path(str(config.hydra.sweep.dir)), overrides, configs)
+
+
+def _runs_here(config: DictConfig) -> bool:
+    return str(config.hydra.launcher._target_).endswith(".BasicLauncher")
 
 
 def position(job_folder: Path) -> str:
