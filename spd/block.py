@@ -1,7 +1,7 @@
 """The TP block and the SPD block.
 
-Legend: B batch, T tokens, D hidden size, N ranks, i a rank; P_i = attention of rank i's heads through its columns of the
-output projection, b and b2 the output biases of attention and MLP (absent in LLaMA, present in OPT).
+Legend: B batch, T tokens, D hidden size, N ranks, i a rank; P_i = attention of rank i's heads through its columns of
+the output projection, b and b2 the output biases of attention and MLP (absent in LLaMA, present in OPT).
 """
 
 from typing import Any

@@ -44,8 +44,8 @@ def resolve(path_or_id: str | Path) -> Path:
         pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
         if pickled:
             raise UserError(
-                f"{folder} holds pickled weights only ({pickled[0]}), and loading a pickle can run any code. Convert it "
-                "once, on a machine you trust it on: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
+                f"{folder} holds pickled weights only ({pickled[0]}), and loading a pickle can run any code. "
+                "Convert it once, where that does no harm: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)."
             )
         raise UserError(f"{folder} has no weights (*.safetensors).")
     return folder

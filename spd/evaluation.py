@@ -30,13 +30,15 @@ class SpdLM(HFLM):
     tensor parallelism needs.
     """
 
-    def __init__(self, model: TensorParallelLM, batch_size: int, on_progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self, model: TensorParallelLM, batch_size: int, on_progress: Callable[[int, int], None] | None
+    ) -> None:
         super().__init__(pretrained=model.hf, tokenizer=model.tokenizer, batch_size=batch_size)
         self.tensor_parallel = model
         self.cache_hook = _Answers(on_progress)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of right-padded ids [B, T]; attention is causal, so that padding changes nothing before it."""
+        """Logits [B, T, V] of right-padded ids [B, T]; attention is causal, so padding changes nothing before it."""
         return self.tensor_parallel(inps)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -106,9 +108,9 @@ def evaluate(
         on_progress: called with (requests answered, requests known of).
 
     Returns:
-        `{"mean": {"value", "stderr"}, "tasks": {name: {"metric", "value", "stderr", "items", "metrics"}}}`: `value` is the
-        first of `MAIN_METRICS` the task has, `stderr` lm-eval's (None where it has none). The mean weighs tasks equally and
-        takes their errors as independent.
+        `{"mean": {"value", "stderr"}, "tasks": {name: {"metric", "value", "stderr", "items", "metrics"}}}`: `value` is
+        the first of `MAIN_METRICS` the task has, `stderr` lm-eval's (None where it has none). The mean weighs tasks
+        equally and takes their errors as independent.
 
     Raises:
         UserError: an unknown task, or one that reports none of the main metrics.
@@ -139,10 +141,12 @@ def evaluate(
 def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
     # lm-eval names a number "metric,filter" and its error "metric_stderr,filter".
     raw = results["results"].get(task, {}) | results.get("groups", {}).get(task, {})
-    metrics = {key.partition(",")[0]: value for key, value in raw.items() if isinstance(value, int | float)}
+    metrics = {key.partition(",")[0]: value for key, value in raw.items() if isinstance(value, float)}
     main = next((name for name in MAIN_METRICS if name in metrics), None)
     if main is None:
-        raise UserError(f"The task {task!r} reports none of {', '.join(MAIN_METRICS)}, but {', '.join(sorted(metrics))}.")
+        raise UserError(
+            f"The task {task!r} reports none of {', '.join(MAIN_METRICS)}, but {', '.join(sorted(metrics))}."
+        )
     members = results.get("group_subtasks", {}).get(task) or [task]
     return {
         "metric": main,

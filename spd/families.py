@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from spd.errors import UserError
@@ -61,7 +61,7 @@ class Family:
         """`F`, the MLP width of the whole model."""
         return getattr(config, self.width)
 
-    def set_local_heads(self, attention: nn.Module, heads: int, kv_heads: int) -> None:
+    def set_local_heads(self, attention: Any, heads: int, kv_heads: int) -> None:
         """Tells a Hugging Face attention module how many heads are left in it."""
         if hasattr(attention, "num_heads"):  # OPT views by it; the others infer the count from the weights
             attention.num_heads = heads

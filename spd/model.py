@@ -51,8 +51,8 @@ def load(
         device: by default cpu for virtual ranks and for processes where there is no GPU, else the process's GPU.
 
     Raises:
-        UserError: the folder is incomplete or damaged, the family is unknown, tp_size does not cut the model evenly, the
-            folder's plan is for another tp size, or `ranks="processes"` without torchrun.
+        UserError: the folder is incomplete or damaged, the family is unknown, tp_size does not cut the model
+            evenly, the folder's plan is for another tp size, or `ranks="processes"` without torchrun.
     """
     folder = resolve(path)
     config = read_config(folder)
@@ -60,7 +60,8 @@ def load(
     plan = DropPlan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None and tp_size not in (None, plan.tp_size):
         raise UserError(f"{folder} was prepared for tp_size={plan.tp_size}, not {tp_size}; prepare the original again.")
-    tp_size = tp_size or (plan.tp_size if plan else 1)
+    if tp_size is None:
+        tp_size = plan.tp_size if plan else 1
     check_tp_size(family, config, tp_size)
     if ranks not in ("virtual", "processes"):
         raise UserError(f"ranks={ranks!r} is not known; write 'virtual' or 'processes'.")
@@ -123,7 +124,7 @@ class TensorParallelLM(nn.Module):
 
     def _load_outside_blocks(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         inside = f"{self.family.decoder}.layers."
-        for name, meta in list(self.hf.named_parameters()):
+        for name, _ in list(self.hf.named_parameters()):
             if not name.startswith(inside):
                 module_name, _, leaf = name.rpartition(".")
                 tensor = checkpoint.read(name).to(device, dtype)
@@ -256,7 +257,7 @@ class TensorParallelLM(nn.Module):
         return self.hf.generate(input_ids, attention_mask=attention_mask, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes an ordinary Hugging Face checkpoint of unchanged shapes, its tokenizer, and spd_plan.json if there is a plan.
+        """Writes an ordinary Hugging Face checkpoint of unchanged shapes, its tokenizer, and the plan if there is one.
 
         Raises:
             UserError: the folder holds something already, or this process has only its own rank's shard.

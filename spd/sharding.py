@@ -1,4 +1,4 @@
-"""Cuts one transformer block into shards: a shard is the model's own Hugging Face layer with fewer heads and a narrower MLP.
+"""Cuts a transformer block into shards: the model's own Hugging Face layer with fewer heads and a narrower MLP.
 
 Legend: D hidden size, H query heads, K key/value heads, h head size, F MLP width, N ranks (tp_size), L blocks.
 
@@ -33,8 +33,8 @@ def check_tp_size(family: Family, config: PretrainedConfig, tp_size: int) -> Non
     heads, kv_heads = family.heads(config)
     sizes = [str(n) for n in range(1, heads + 1) if _fits(family, config, n)]
     raise UserError(
-        f"tp_size={tp_size} does not cut this model evenly: it has {heads} heads, {kv_heads} key/value heads and an MLP "
-        f"width of {family.mlp_width(config)}. Sizes that do: {', '.join(sizes)}."
+        f"tp_size={tp_size} does not cut this model evenly: it has {heads} heads, {kv_heads} key/value heads and an "
+        f"MLP width of {family.mlp_width(config)}. Sizes that do: {', '.join(sizes)}."
     )
 
 

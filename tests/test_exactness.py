@@ -179,7 +179,9 @@ def test_a_padded_batch_equals_single_prompts(
     left = model(batch, attention_mask=mask)
     assert_same(left[0, -4:], model(short)[0])
     assert_same(left[1], model(long)[0])
-    right = model(torch.cat([short, padding], dim=1), attention_mask=torch.cat([torch.ones_like(short), padding], dim=1))
+    right = model(
+        torch.cat([short, padding], dim=1), attention_mask=torch.cat([torch.ones_like(short), padding], dim=1)
+    )
     assert_same(right[0, :4], model(short)[0])
     generated = model.generate(batch, attention_mask=mask, max_new_tokens=6)
     assert torch.equal(generated[0, -6:], model.generate(short, max_new_tokens=6)[0, -6:])

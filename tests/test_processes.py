@@ -33,5 +33,5 @@ def test_processes_without_torchrun_are_refused(tiny_llama: Path) -> None:
 
 def test_another_number_of_processes_than_tp_size_is_refused(tiny_llama: Path, input_ids: Tensor) -> None:
     arguments = {"folders": {"llama": str(tiny_llama)}, "tp_size": 4, "input_ids": input_ids.tolist()}
-    with pytest.raises(spd.UserError, match="started 2 processes.*--nproc-per-node 4"):
+    with pytest.raises(spd.UserError, match=r"started 2 processes.*--nproc-per-node 4"):
         run_ranks("tests.rank_checks:compare_with_virtual_ranks", arguments, tp_size=2, timeout_s=120)

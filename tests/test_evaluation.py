@@ -1,0 +1,101 @@
+"""Accuracy through lm-eval, against lm-eval's own Hugging Face model."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import spd
+from spd.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a multiple-choice task, a last-word task and a generation task of 24 invented items each."""
+    folder, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(f"word{rng.randrange(60)}" for _ in range(n))
+
+    items = [
+        {"text": words(rng.randint(3, 30)), "choices": [words(rng.randint(1, 5)) for _ in range(4)], "gold": i % 4}
+        for i in range(24)
+    ]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+    }
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    last = {"output_type": "loglikelihood", "doc_to_target": " {{choices[0]}}"}
+    summary = {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["word7"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    for name, fields in {"toy_choice": choice, "toy_last": last, "toy_summary": summary}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | fields))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])  # a Qwen2 folder cannot carry the tests' tokenizer
+def test_with_nothing_dropped_scores_equal_lm_evals_own_model(
+    checkpoint: Callable[..., Path], family: str, tasks: Path
+) -> None:
+    folder = checkpoint(family)
+    names = ["toy_choice", "toy_last", "toy_summary"]
+    ours = evaluate(spd.load(folder, tp_size=4), names, include_path=tasks, batch_size=8)
+    own = simple_evaluate(
+        model=HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8),
+        tasks=names,
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    for name, metric in {"toy_choice": "acc", "toy_last": "acc", "toy_summary": "exact_match"}.items():
+        score = ours["tasks"][name]
+        assert score["metric"] == metric
+        assert score["value"] == pytest.approx(next(v for k, v in own["results"][name].items() if k.startswith(metric)))
+        assert score["items"] == 24
+    # Perplexity of the last words shows agreement where few items are right.
+    assert ours["tasks"]["toy_last"]["metrics"]["perplexity"] == pytest.approx(
+        own["results"]["toy_last"]["perplexity,none"], rel=1e-4
+    )
+
+
+def test_the_mean_weighs_tasks_equally_and_adds_their_errors(tiny_llama: Path, tasks: Path) -> None:
+    scores = evaluate(spd.load(tiny_llama, tp_size=2), ["toy_choice", "toy_last"], include_path=tasks)
+    single = [scores["tasks"][name] for name in ("toy_choice", "toy_last")]
+    assert scores["mean"]["value"] == pytest.approx(sum(s["value"] for s in single) / 2)
+    assert scores["mean"]["stderr"] == pytest.approx(math.hypot(*(s["stderr"] for s in single)) / 2)
+
+
+def test_dropping_blocks_changes_what_is_scored_and_progress_is_told(tiny_llama: Path, tasks: Path) -> None:
+    model, progress = spd.load(tiny_llama, tp_size=8), []
+    dense = evaluate(model, ["toy_last"], include_path=tasks, limit=10)
+    model.drop([0, 1, 2])
+    dropped = evaluate(
+        model, ["toy_last"], include_path=tasks, limit=10, on_progress=lambda *step: progress.append(step)
+    )
+    assert dropped["tasks"]["toy_last"]["items"] == 10
+    assert dense["tasks"]["toy_last"]["metrics"]["perplexity"] != dropped["tasks"]["toy_last"]["metrics"]["perplexity"]
+    assert progress == [(i, 10) for i in range(1, 11)]
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_names(tiny_llama: Path, tasks: Path) -> None:
+    with pytest.raises(spd.UserError, match="no lm-eval task 'toy_choise'; nearest: toy_choice"):
+        evaluate(spd.load(tiny_llama), ["toy_choise"], include_path=tasks)
+
+
+def test_a_task_folder_that_does_not_exist_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(spd.UserError, match=r"nowhere .*does not exist"):
+        evaluate(spd.load(tiny_llama), ["toy_choice"], include_path=tmp_path / "nowhere")
