@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spd import checkpoint
 from spd.checkpoint import read_config
-from spd.config import Device, LatencyKind, RunConfig, dump_yaml, find_path, need_path, to_dict
+from spd.config import Device, LatencyKind, RunConfig, Tracker, dump_yaml, find_path, need_path, to_dict
 from spd.data import load_samples
 from spd.errors import UserError
 from spd.families import family_of
@@ -94,6 +94,7 @@ def run_point(config: RunConfig, display: Display) -> Record:
         done = results.find(point.key)
         if done is not None:
             display.say(f"done before, not computed again ({results.folder(point.key) / 'result.json'}).")
+            _track(done, config, results, display)
             return done
         record["environment"] = environment()
         results.begin(point.key, dump_yaml(config))
@@ -108,7 +109,7 @@ def run_point(config: RunConfig, display: Display) -> Record:
     record["environment"]["seconds"] = round(time.monotonic() - started, 3)
     if record["key"] is not None:
         results.finish(record)
-    _track(record, config, display)
+    _track(record, config, results, display)
     return record
 
 
@@ -351,11 +352,20 @@ def _describe(error: Exception, record: Record, results: Results) -> str:
     return f"{type(error).__name__}: {first}{where}"
 
 
-def _track(record: Record, config: RunConfig, display: Display) -> None:
+def _track(record: Record, config: RunConfig, results: Results, display: Display) -> None:
+    """Mirrors a record to W&B, a finished one once: also one that was computed before there was a tracker."""
+    if config.tracker.name is Tracker.none or record["key"] is None:
+        return
+    tracked = results.folder(record["key"]) / "tracked"
+    if record["status"] == "done" and tracked.exists():
+        return
+    display.step("logging to W&B")
     try:
-        from spd import tracking
+        from spd import tracking  # imports wandb
 
         tracking.log_point(record, config)
+        if record["status"] == "done":
+            tracked.touch()
     except Exception as error:  # W&B only mirrors the record, which is kept by now
         log.warning("W&B failed.", exc_info=error)
         display.say(f"Warning: not logged to W&B ({type(error).__name__}: {error}).")

@@ -1,0 +1,332 @@
+"""One point: what is computed, what is shared, what is kept when something goes wrong."""
+
+import dataclasses
+import errno
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WORDS
+from rich.console import Console
+
+from spd import point, tracking
+from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
+from spd.errors import UserError
+from spd.progress import Display
+from spd.results import Record
+
+TASK = """task: tiny_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/words.jsonl
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def config(tiny_llama: Path, tmp_path: Path) -> RunConfig:
+    """A point of the tiny model: half of its blocks dropped, perplexity only."""
+    words = random.Random(0)
+    for name in ("calibration", "heldout"):
+        lines = (" ".join(words.choice(WORDS) for _ in range(20)) for _ in range(30))
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    config = RunConfig(drop=0.5, output_dir=str(tmp_path / "runs"))
+    config.model.path = str(tiny_llama)
+    config.model.name = "tiny"
+    config.data.path = str(tmp_path / "calibration.txt")
+    config.data.heldout_path = str(tmp_path / "heldout.txt")
+    config.data.samples, config.data.sequence_length = 3, 16
+    config.tracker.name = Tracker.none
+    return config
+
+
+@pytest.fixture
+def output() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def run(output: io.StringIO) -> Callable[[RunConfig], Record]:
+    def run(config: RunConfig) -> Record:
+        with Display("point", Console(file=output, soft_wrap=True)) as display:
+            return point.run_point(config, display)
+
+    return run
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often sensitivities, perplexities and latency sessions are really measured (latency by a stand-in)."""
+    counts = dict.fromkeys(("measure_sensitivity", "perplexity", "measure_latency"), 0)
+
+    def count(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return real(*args, **kwargs)
+
+        return counting
+
+    def session(checkpoint: Path, tp_size: int, arms: dict[str, list[int]], **asked: Any) -> dict[str, Any]:
+        return {"arms": arms, "tp_size": tp_size}
+
+    monkeypatch.setattr(
+        point, "summarise", lambda session, arm, baseline: {**session, "arm": arm, "baseline": baseline}
+    )
+    for name in counts:
+        real = session if name == "measure_latency" else getattr(point, name)
+        monkeypatch.setattr(point, name, count(name, real))
+    return counts
+
+
+def with_drop(config: RunConfig, drop: float) -> RunConfig:
+    return dataclasses.replace(config, drop=drop)
+
+
+def test_a_record_holds_what_determined_it_and_what_it_found(config: RunConfig, run: Any, tmp_path: Path) -> None:
+    record = run(config)
+    assert (record["status"], record["error"], record["config"]["drop"]) == ("done", None, 0.5)
+    assert len(record["sensitivity"]["sensitivities"]) == 3
+    assert len(record["plan"]["dropped"]) == 2
+    assert record["perplexity"]["value"] > 1
+    assert record["perplexity"]["tokens"] == 3 * 15
+    assert record["accuracy"] is None
+    assert record["latency"] is None
+    assert record["environment"]["seconds"] > 0
+    assert record["environment"]["versions"]["torch"]
+    folder = tmp_path / "runs" / "points" / record["key"]
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
+    assert "drop: 0.5" in (folder / "config.yaml").read_text()
+
+
+def test_a_finished_point_is_not_computed_again(
+    config: RunConfig, run: Any, counted: dict[str, int], output: io.StringIO
+) -> None:
+    first = run(config)
+    assert json.loads(json.dumps(run(config))) == json.loads(json.dumps(first))
+    assert counted["measure_sensitivity"] == counted["perplexity"] == 1
+    assert output.getvalue().count("done before") == 1
+
+
+def test_nothing_dropped_gives_the_dense_perplexity(config: RunConfig, run: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spd.data import load_samples
+
+    record = run(with_drop(config, 0.0))
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    samples = load_samples(config.data.heldout_path, tokenizer, 3, 16, 0)
+    dense = AutoModelForCausalLM.from_pretrained(config.model.path)
+    with torch.inference_mode():
+        loss = dense(samples, labels=samples).loss
+    assert record["perplexity"]["value"] == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+def test_points_share_their_sensitivities_and_their_latency_session(
+    config: RunConfig, run: Any, counted: dict[str, int]
+) -> None:
+    config.latency.name = LatencyKind.cpu
+    config.latency.prompt_length, config.latency.drops = 16, [0.5, 1.0]
+    records = [run(with_drop(config, drop)) for drop in (0.0, 0.5, 1.0)]
+    assert counted == {"measure_sensitivity": 1, "perplexity": 3, "measure_latency": 1}
+    assert [record["latency"]["arm"] for record in records] == ["0", "0.5", "1"]
+    assert {record["latency"]["baseline"] for record in records} == {"0"}
+    assert list(records[0]["latency"]["arms"]) == ["0", "0.5", "1"]
+    assert records[1]["latency"]["arms"]["0.5"] == records[1]["plan"]["dropped"]
+    extra = run(with_drop(config, 0.25))
+    assert list(extra["latency"]["arms"]) == ["0", "0.25", "0.5", "1"]
+    assert counted["measure_latency"] == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: setattr(c, "drop", 0.6),
+        lambda c: setattr(c, "seed", 1),
+        lambda c: setattr(c.parallel, "tp_size", 2),
+        lambda c: setattr(c.model, "dtype", DType.bfloat16),
+        lambda c: setattr(c.strategy, "order", Order.alone),
+        lambda c: setattr(c.data, "samples", 2),
+        lambda c: Path(c.data.path).write_text("word1 word2 " * 40),
+        lambda c: Path(c.data.heldout_path).write_text("word1 word2 " * 40),
+    ],
+)
+def test_a_point_s_key_changes_with_what_determines_it(config: RunConfig, run: Any, change: Any) -> None:
+    first = run(config)["key"]
+    change(config)
+    assert run(config)["key"] != first
+
+
+def test_a_point_s_key_does_not_change_with_what_does_not_matter(config: RunConfig, run: Any, tmp_path: Path) -> None:
+    first = run(config)["key"]
+    for name in ("calibration", "heldout"):
+        shutil.move(tmp_path / f"{name}.txt", tmp_path / f"{name}_moved.txt")
+    shutil.copytree(config.model.path, tmp_path / "copied_model")
+    config.model.path = str(tmp_path / "copied_model")
+    config.data.path, config.data.heldout_path = (
+        str(tmp_path / "calibration_moved.txt"),
+        str(tmp_path / "heldout_moved.txt"),
+    )
+    config.sweep, config.parallel.port, config.latency.timeout_s = "other", 29501, 10.0
+    assert run(config)["key"] == first
+
+
+def test_other_weights_of_the_same_shape_are_another_point(config: RunConfig, run: Any, tmp_path: Path) -> None:
+    from conftest import make_checkpoint
+
+    first = run(config)
+    config.model.path = str(make_checkpoint(tmp_path / "other", "llama", seed=1))
+    second = run(config)
+    assert second["key"] != first["key"]
+    assert second["perplexity"] != first["perplexity"]
+
+
+def test_accuracy_comes_from_the_tasks_of_the_folder(config: RunConfig, run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    items = [{"question": f"word{i}", "choices": ["word1", "word2"], "answer": i % 2} for i in range(12)]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "tiny_words.yaml").write_text(TASK.format(folder=folder))
+    config.eval.tasks, config.eval.include_path = ["tiny_words"], str(folder)
+    accuracy = run(config)["accuracy"]
+    assert accuracy["tasks"]["tiny_words"]["items"] == 12
+    assert 0 <= accuracy["mean"]["value"] <= 1
+    assert accuracy["mean"]["stderr"] > 0
+
+
+def test_a_failure_says_why_and_is_tried_again(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: Any, **__: Any) -> float:
+        raise RuntimeError("the sum is off\nby one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(point, "perplexity", broken)
+        record = run(config)
+    assert record["status"] == "failed"
+    assert record["error"].startswith("RuntimeError: the sum is off (traceback in ")
+    assert record["plan"] is not None
+    assert record["perplexity"] is None
+    folder = tmp_path / "runs" / "points" / record["key"]
+    assert "in broken" in (folder / "traceback.txt").read_text()
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    assert run(config)["status"] == "done"
+
+
+def test_what_the_user_can_mend_is_one_sentence(config: RunConfig, run: Any, tmp_path: Path) -> None:
+    shutil.copytree(config.model.path, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config.model.path = str(tmp_path / "cut")
+    record = run(config)
+    assert record["status"] == "failed"
+    assert "model.safetensors is damaged or was cut short" in record["error"]
+    assert not list((tmp_path / "runs" / "points").glob("*/traceback.txt"))
+
+
+def test_ctrl_c_keeps_the_steps_that_are_done_and_nothing_half_written(
+    config: RunConfig, run: Any, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(point, "perplexity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert not list((tmp_path / "runs").rglob("result.json"))
+    assert not list((tmp_path / "runs").rglob("*.part"))
+    assert run(config)["status"] == "done"
+    assert counted["measure_sensitivity"] == 1
+
+
+def test_a_full_disk_stops_the_sweep_instead_of_failing_point_after_point(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(config)
+    assert not [file for file in (tmp_path / "runs").rglob("*") if file.suffix in (".json", ".part")]
+    assert run(config)["status"] == "done"
+
+
+def test_wandb_failing_does_not_fail_the_point(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch, output: io.StringIO
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no service")
+
+    config.tracker.name = Tracker.wandb
+    monkeypatch.setattr(tracking, "log_point", broken)
+    assert run(config)["status"] == "done"
+    assert "not logged to W&B (RuntimeError: no service)" in output.getvalue()
+
+
+def test_a_point_is_mirrored_once_also_when_the_tracker_comes_later(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(tracking, "log_point", lambda record, _: logged.append(record["key"]))
+    run(config)
+    assert not logged
+    config.tracker.name = Tracker.wandb
+    record = run(config)
+    run(config)
+    assert logged == [record["key"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: setattr(c.parallel, "tp_size", 3), "tp_size=3"),
+        (lambda c: setattr(c.model, "path", "nowhere"), "nowhere"),
+        (lambda c: Path(c.data.path).write_text(""), "no text"),
+        (lambda c: Path(c.data.heldout_path).write_text("word1"), "fewer than one sequence"),
+        (lambda c: setattr(c.data, "sequence_length", 65), "give at most 64"),
+        (lambda c: setattr(c.latency, "name", LatencyKind.cpu), "latency.prompt_length"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(config: RunConfig, change: Any, said: str, tmp_path: Path) -> None:
+    point.check(config)
+    change(config)
+    with pytest.raises(UserError, match=said):
+        point.check(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_progress_is_lines_but_not_thousands_where_there_is_no_terminal(output: io.StringIO) -> None:
+    with Display("point 1/2, drop 0.5", Console(file=output)) as display:
+        display.step("evaluating")
+        for done in range(5000):
+            display(done, 5000)
+    assert output.getvalue() == "point 1/2, drop 0.5: evaluating\n"
+
+
+def test_progress_on_a_terminal_says_what_and_how_far() -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Display("point 3/7, drop 0.5", terminal) as display:
+        display.step("evaluating")
+        display(640, 2800)
+        display.say("something that stays")
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "point 3/7, drop 0.5: evaluating" in shown
+    assert "640/2800" in shown
+    assert "something that stays" in shown
