@@ -1,0 +1,288 @@
+"""Figures and tables from records: the accuracy-against-latency curve of a sweep, the sensitivities of a model.
+
+All of them are drawn from what is kept (points.csv, a report) and can be drawn again at any time:
+
+    figures.plot_curve(figures.read_points("points.csv"), "curve.png")
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
+
+from spd.errors import UserError
+
+if TYPE_CHECKING:
+    from spd.sensitivity import SensitivityReport
+
+# Okabe and Ito's colours, told apart with any colour vision; black last, for many lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":", "-.")
+LINES = ("model", "tp_size", "strategy")
+"""What makes a line of its own: the points of one line differ in their drop fraction only."""
+
+Line = tuple[pd.DataFrame, dict[str, Any]]
+"""The points of one line and how matplotlib shall draw it."""
+
+_NEEDED = (*LINES, "drop", "status", "accuracy_mean", "accuracy_mean_stderr", "perplexity", "ttft_speedup_percent")
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "axes.axisbelow": True,
+    "lines.markersize": 5.5,
+    "errorbar.capsize": 2,
+    "legend.frameon": False,
+}
+
+
+def read_points(path: str | Path) -> pd.DataFrame:
+    """A sweep's points.csv (its columns: `spd.results.to_frame`).
+
+    Raises:
+        UserError: it is not there, or not such a table.
+    """
+    try:
+        points = pd.read_csv(path, dtype={"dropped_blocks": str, "error": str, "key": str})
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path} cannot be read as a table of points: {error}") from error
+    missing = [name for name in _NEEDED if name not in points]
+    if missing:
+        raise UserError(f"{path} is no points.csv of a sweep: it has no column {', '.join(missing)}")
+    return points
+
+
+def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
+    """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against drop fraction.
+
+    One line for each model, tp size and strategy. Points that failed are left out, and so is a panel for which nothing
+    was measured.
+
+    Args:
+        points: rows as in points.csv (see `read_points`).
+        path: of the PNG.
+
+    Raises:
+        UserError: no point is done, or none has anything to draw.
+    """
+    points = points[points["status"] == "done"].sort_values("drop")
+    has = {name: bool(points[name].notna().any()) for name in ("accuracy_mean", "perplexity", "ttft_speedup_percent")}
+    if not (has["accuracy_mean"] or has["perplexity"]):
+        raise UserError("there is nothing to draw: no point is done and has an accuracy or a perplexity")
+    quality = "accuracy_mean" if has["accuracy_mean"] else "perplexity"
+    against_drop = [name for name in ("accuracy_mean", "perplexity") if has[name]]
+    with matplotlib.rc_context(_STYLE):
+        lines = list(_lines(points))
+        columns = points[_varying(points)[0]].nunique() if len(_varying(points)) > 1 else len(lines)
+        figure = Figure(figsize=(9.0, 4.3 + 0.2 * (len(lines) // columns)), layout="constrained")
+        FigureCanvasAgg(figure)
+        latency_panel = None
+        if has["ttft_speedup_percent"]:
+            grid = figure.add_gridspec(len(against_drop), 2, width_ratios=(5, 4))
+            latency_panel = figure.add_subplot(grid[:, 0])
+            panels = [figure.add_subplot(grid[row, 1]) for row in range(len(against_drop))]
+        else:
+            panels = list(figure.subplots(1, len(against_drop), squeeze=False)[0])
+        for line, style in lines:
+            for panel, name in zip(panels, against_drop, strict=True):
+                _draw(panel, line, "drop", name, style)
+            if latency_panel is not None:
+                _draw(latency_panel, line, "ttft_speedup_percent", quality, style)
+        for panel, name in zip(panels, against_drop, strict=True):
+            _label_quality(panel, name, points[name])
+            panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            panel.set_xlim(-0.04, 1.04)
+            if latency_panel is None or panel is panels[-1]:
+                panel.set_xlabel("blocks dropped")
+            else:
+                panel.tick_params(labelbottom=False)
+        if latency_panel is not None:
+            latency_panel.set_xlabel("time to first token saved (%)")
+            _label_quality(latency_panel, quality, points[quality])
+        figure.suptitle(_title(points), fontsize=11)
+        labelled = latency_panel is not None and len(lines) <= 3  # more would not find room
+        notes = _notes(points, has, labelled)
+        if len(lines) > 1:
+            handles = [Line2D([], [], **style) for _, style in lines]
+            place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+            figure.legend(handles=handles, **place, fontsize=9, title=notes, title_fontproperties={"size": 8})
+        else:
+            figure.supxlabel(notes, fontsize=8, color="#666666")
+        if latency_panel is not None:
+            if labelled:
+                _label_points(figure, latency_panel, lines, quality)
+            latency_panel.axvline(0, color="#999999", linewidth=0.8, zorder=0.5)
+        _save(figure, path)
+
+
+def plot_sensitivity(report: "SensitivityReport", path: str | Path, tau1: float = 0.05, tau2: float = 10.0) -> None:
+    """Draw the sensitivity of every block as PNG, coloured by its class under the thresholds `tau1` and `tau2`."""
+    colours = {"ISB": COLOURS[2], "SB": COLOURS[4], "ESB": COLOURS[1]}
+    meaning = {"ISB": "in-sensitive", "SB": "sensitive", "ESB": "extremely sensitive"}
+    classes = report.classes(tau1, tau2)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for name in colours:
+            blocks = [block for block, its in enumerate(classes) if its == name]
+            if blocks:
+                heights = [report.sensitivities[block] for block in blocks]
+                axes.bar(
+                    blocks,
+                    heights,
+                    color=colours[name],
+                    label=f"{meaning[name]} ({name}): {len(blocks)} of {report.num_blocks}",
+                )
+        for name, tau in (("tau1", tau1), ("tau2", tau2)):
+            if tau <= 2 * max(report.sensitivities):  # one far above all bars would only squeeze them
+                axes.axhline(tau, color="#666666", linewidth=0.9, linestyle="--")
+                place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+                axes.annotate(f"{name} = {tau:g}", (0.995, tau), **place, bbox={"fc": "white", "ec": "none", "pad": 1})
+        # Sensitivities span decades and may be below 0: linear around 0, logarithmic beyond.
+        low, high = min(report.sensitivities), max(*report.sensitivities, tau1)
+        axes.set_yscale("symlog", linthresh=max(tau1, 1e-3))
+        axes.set_ylim(1.3 * low if low < 0 else 0, 2 * high)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.axhline(0, color="#666666", linewidth=0.8)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel("block")
+        axes.set_ylabel("added perplexity")
+        axes.set_xticks(range(0, report.num_blocks, 1 + report.num_blocks // 24))
+        axes.set_title(
+            f"sensitivity of each block, order {report.order}, tp {report.tp_size} "
+            f"(perplexity with nothing dropped {report.dense_perplexity:.3f})"
+        )
+        axes.legend(loc="best", fontsize=9)
+        _save(figure, path)
+
+
+def _groups(points: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(dict.fromkeys(points[list(LINES)].sort_values(list(LINES)).itertuples(index=False, name=None)))
+
+
+def _varying(points: pd.DataFrame) -> list[str]:
+    return [name for name in LINES if points[name].nunique() > 1]
+
+
+def _lines(points: pd.DataFrame) -> Iterator[Line]:
+    """Each line's points and how it looks: colour, marker and dashes tell models, tp sizes and strategies apart."""
+    looks: dict[str, Any] = {"color": COLOURS[0], "marker": MARKERS[0], "linestyle": DASHES[0]}
+    varying = _varying(points)
+    channels = dict(zip(varying, zip(looks, (COLOURS, MARKERS, DASHES), strict=True), strict=False))
+    places = {name: {value: i for i, value in enumerate(sorted(points[name].unique()))} for name in varying}
+    for group in _groups(points):
+        values = dict(zip(LINES, group, strict=True))
+        style = dict(looks)
+        for name, (look, choices) in channels.items():
+            style[look] = choices[places[name][values[name]] % len(choices)]
+        words = [f"tp {values[name]}" if name == "tp_size" else str(values[name]) for name in varying]
+        mask = np.logical_and.reduce([points[name] == value for name, value in values.items()])
+        yield points[mask], style | {"label": ", ".join(words)}
+
+
+def _draw(axes: Axes, line: pd.DataFrame, x: str, y: str, style: dict[str, Any]) -> None:
+    line = line.dropna(subset=[x, y])
+    if line.empty:
+        return
+    bars: dict[str, Any] = {}
+    if y == "accuracy_mean":
+        bars["yerr"] = line["accuracy_mean_stderr"].astype(float)
+    if f"{x}_low" in line:
+        below, above = line[x] - line[f"{x}_low"], line[f"{x}_high"] - line[x]
+        bars["xerr"] = np.array([below, above], dtype=float).clip(min=0)
+    axes.errorbar(line[x], line[y], **bars, **style, elinewidth=0.8, linewidth=1.6)
+
+
+def _label_quality(axes: Axes, name: str, values: pd.Series) -> None:
+    if name == "accuracy_mean":
+        axes.set_ylabel("mean accuracy")
+        return
+    axes.set_ylabel("perplexity")
+    if values.max() > 5 * values.min():
+        axes.set_yscale("log")
+
+
+def _title(points: pd.DataFrame) -> str:
+    constant = {name: points[name].iloc[0] for name in LINES if name not in _varying(points)}
+    words = [f"tp {value}" if name == "tp_size" else str(value) for name, value in constant.items()]
+    return "Dropping sync points" + (f": {', '.join(words)}" if words else "")
+
+
+def _notes(points: pd.DataFrame, has: dict[str, bool], labelled: bool) -> str:
+    notes = []
+    if has["accuracy_mean"] and points["accuracy_mean_stderr"].notna().any():
+        notes.append("± one standard error")
+    if labelled:
+        notes.append("labels: blocks dropped")
+    if "ttft_speedup_percent_low" in points and points["ttft_speedup_percent_low"].notna().any():
+        notes.append("across: 95 % interval over launches")
+    return "; ".join(notes)
+
+
+def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -> None:
+    """Write each point's drop fraction beside it, where it covers no line, error bar or other label; else not at all.
+
+    The panels against the drop fraction show the same points.
+    """
+    figure.draw_without_rendering()  # the layout is settled by this: places on the page are known from here on
+    figure.set_layout_engine("none")
+    drawn = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"]  # without the bars' caps
+    for bars in axes.collections:
+        if isinstance(bars, LineCollection):
+            drawn += [segment for segment in bars.get_segments() if len(segment)]
+    covered = np.concatenate([_dots(axes.transData.transform(path)) for path in drawn])
+    inside = axes.get_window_extent()
+    labels: list[Bbox] = []
+    near = [(6, 4), (-6, -4), (6, -4), (-6, 4), (0, 8), (0, -8)]  # points, preferred first
+    places = near if len(lines) > 1 else near + [(2 * dx, 2 * dy) for dx, dy in near]  # else beside the wrong line
+    align = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
+    done = [(line.dropna(subset=["ttft_speedup_percent", quality]), style["color"]) for line, style in lines]
+    for colour, point in [(colour, point) for line, colour in done for _, point in line.iterrows()]:
+        for dx, dy in places:
+            label = axes.annotate(
+                f"{100 * point['drop']:.3g}%",
+                (point["ttft_speedup_percent"], point[quality]),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=align[int(np.sign(dx))][0],
+                va=align[int(np.sign(dy))][1],
+                fontsize=8.5,
+                color=colour,
+            )
+            box = label.get_window_extent()
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            hits = ((covered > box.min) & (covered < box.max)).all(axis=1).any()
+            if fits and not hits and not any(box.overlaps(other) for other in labels):
+                labels.append(box)
+                break
+            label.remove()
+
+
+def _dots(path: np.ndarray) -> np.ndarray:
+    """Places [n, 2] every two pixels along a path [m, 2] on the page."""
+    steps = [np.linspace(a, b, 2 + int(np.hypot(*(b - a)) // 2)) for a, b in itertools.pairwise(path)]
+    return np.concatenate([path, *steps])
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")  # whole or not at all
+    figure.savefig(draft, dpi=150, format="png")
+    draft.replace(path)

@@ -1,0 +1,135 @@
+"""Figures of made-up sweeps: every shape of sweep can be drawn, and from the CSV as from memory."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pandas as pd
+import pytest
+
+from spd.errors import UserError
+from spd.figures import _lines, plot_curve, plot_sensitivity, read_points
+from spd.plan import ModelIdentity
+from spd.sensitivity import SensitivityReport
+
+DROPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def make_points(model: str = "ref_llama", tp_size: int = 4, drops: tuple[float, ...] = DROPS) -> pd.DataFrame:
+    rows = []
+    for drop in drops:
+        saved = tp_size * drop
+        rows.append(
+            {
+                "model": model,
+                "tp_size": tp_size,
+                "strategy": "zs",
+                "drop": drop,
+                "num_dropped": round(12 * drop),
+                "dropped_blocks": " ".join(map(str, range(round(12 * drop)))),
+                "perplexity": 3 + 2 * drop**3,
+                "accuracy_mean": 0.84 - 0.2 * drop**3,
+                "accuracy_mean_stderr": 0.01,
+                "ttft_speedup_percent": saved,
+                "ttft_speedup_percent_low": saved - 1,
+                "ttft_speedup_percent_high": saved + 2,
+                "status": "done",
+                "error": None,
+                "key": "k",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def without(points: pd.DataFrame, *names: str) -> pd.DataFrame:
+    return points.assign(**{column: None for column in points if column.startswith(names)})
+
+
+def with_a_failed_point() -> pd.DataFrame:
+    points = make_points()
+    measured = [name for name in points if name.startswith(("perplexity", "accuracy", "ttft"))]
+    points.loc[2, measured] = None
+    points.loc[2, ["status", "error"]] = ["failed", "the disk is full"]
+    return points
+
+
+SWEEPS: dict[str, pd.DataFrame] = {
+    "one line": make_points(),
+    "one point": make_points(drops=(0.0,)),
+    "nine lines": pd.concat([make_points(model, tp) for model in ("a", "b", "c") for tp in (2, 4, 8)]),
+    "two tp sizes, the same latency": pd.concat([make_points(tp_size=2), make_points(tp_size=2).assign(tp_size=4)]),
+    "no latency": without(make_points(), "ttft"),
+    "latency without intervals": without(make_points(), "ttft_speedup_percent_"),
+    "latency of some points": pd.concat([make_points(), without(make_points(tp_size=2), "ttft")]),
+    "no accuracy": without(make_points(), "accuracy"),
+    "accuracy without errors": without(make_points(), "accuracy_mean_stderr"),
+    "no perplexity": without(make_points(), "perplexity"),
+    "a failed point": with_a_failed_point(),
+    "perplexity over decades": make_points().assign(perplexity=[3.0, 5, 50, 700, 9000]),
+    "all at one place": make_points().assign(ttft_speedup_percent=0.0, accuracy_mean=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_any_sweep_can_be_drawn(name: str, tmp_path: Path) -> None:
+    plot_curve(SWEEPS[name], tmp_path / "new folder" / "curve.png")
+    image = matplotlib.image.imread(tmp_path / "new folder" / "curve.png")
+    assert image.shape[1] == 1350
+    assert image.std() > 0.05, "an empty page"
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["curve.png"]
+
+
+@pytest.mark.parametrize("name", ["one line", "no latency", "a failed point", "nine lines"])
+def test_the_figure_can_be_drawn_again_from_the_csv(name: str, tmp_path: Path) -> None:
+    points = SWEEPS[name]
+    points.to_csv(tmp_path / "points.csv", index=False)
+    plot_curve(points, tmp_path / "first.png")
+    plot_curve(read_points(tmp_path / "points.csv"), tmp_path / "again.png")
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_drawing_leaves_the_points_as_they_are(tmp_path: Path) -> None:
+    points = make_points().sample(frac=1, random_state=0)
+    before = points.copy()
+    plot_curve(points, tmp_path / "curve.png")
+    pd.testing.assert_frame_equal(points, before)
+
+
+def test_every_line_looks_different_and_its_label_says_what_differs() -> None:
+    def look(style: dict[str, Any]) -> tuple[Any, ...]:
+        return style["color"], style["marker"], style["linestyle"]
+
+    lines = list(_lines(SWEEPS["nine lines"]))
+    assert len({look(style) for _, style in lines}) == 9
+    assert [style["label"] for _, style in lines][:3] == ["a, tp 2", "a, tp 4", "a, tp 8"]
+    assert all(len(points) == len(DROPS) for points, _ in lines)
+
+
+def test_nothing_to_draw_is_a_user_error(tmp_path: Path) -> None:
+    for points in (make_points().assign(status="failed"), without(make_points(), "accuracy", "perplexity")):
+        with pytest.raises(UserError, match="nothing to draw"):
+            plot_curve(points, tmp_path / "curve.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_is_none_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"points\.csv cannot be read"):
+        read_points(tmp_path / "points.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        read_points(tmp_path / "empty.csv")
+    (tmp_path / "other.csv").write_text("model,drop\na,0\n")
+    with pytest.raises(UserError, match="no column tp_size, strategy, status"):
+        read_points(tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize(
+    "sensitivities", [[0.92, 0.02, -0.004, 0.0, 12.0], [0.0, 0.0, 0.0], [-0.1, -0.2], [0.001 * i for i in range(80)]]
+)
+def test_sensitivities_can_be_drawn(sensitivities: list[float], tmp_path: Path) -> None:
+    source = ModelIdentity(model_type="llama", num_blocks=len(sensitivities), hidden_size=32, weights="cafe")
+    report = SensitivityReport(
+        order="suffix", tp_size=4, sensitivities=sensitivities, dense_perplexity=3.0, tokens=100, source=source
+    )
+    plot_sensitivity(report, tmp_path / "sensitivity.png")
+    assert matplotlib.image.imread(tmp_path / "sensitivity.png").std() > 0.02
