@@ -230,16 +230,19 @@ class LatencyConfig:
     """none: not measured (null in the record) | cpu: real torchrun ranks over gloo on this machine."""
     prompt_length: int = 128
     """Tokens of the prompt (time to first token). 128 as published."""
-    new_tokens: int = 16
+    new_tokens: int = 8
     """Tokens generated after the first (time between tokens)."""
     batch_size: int = 1
     """Prompts at once. 1 as published."""
-    launches: int = 5
-    """Separate starts of all ranks: the unit of replication, as medians of launches differ more than repeats do."""
-    repeats: int = 5
+    launches: int = 3
+    """Separate starts of all ranks: the unit of replication, as medians of launches differ more than repeats do. 3 is
+    the least that gives an interval, and what a first look has time for; more narrow it."""
+    repeats: int = 6
     """Timed repeats of every arm within a launch, interleaved."""
-    warmup: int = 2
+    warmup: int = 1
     """Untimed repeats before them."""
+    realtime: bool = True
+    """Schedule the timed parts of the ranks in real time where the system permits it: several times less spread."""
     drops: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0])
     """Drop fractions timed beside each other in one session, which all points of a sweep then share. 0 is always
     added: it is the baseline of the speed-ups. A point's own fraction is added if missing."""

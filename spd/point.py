@@ -263,6 +263,7 @@ class _Point:
             "launches": settings.launches,
             "repeats": settings.repeats,
             "warmup": settings.warmup,
+            "realtime": settings.realtime,
         }
 
         def measure() -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Sweep:
         done = [record for record in records if record["status"] == "done"]
         print_table(records, f"Sweep {self.configs[0].sweep}")
         for what, make in (
-            ("the curve", lambda: figures.plot_curve(done, png)),
+            ("the curve", lambda: figures.plot_curve(to_frame(done), png)),
             ("W&B", lambda: tracking.log_sweep(records, csv, png, self.configs[0])),
         ):
             try:

@@ -1,0 +1,204 @@
+"""run.py as it is typed: real processes, real signals, a real full disk."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import WORDS
+
+import run
+from spd.config import ROOT
+
+PATIENCE_S = 240
+
+
+class Runner:
+    """`python run.py` on a tiny model, with everything it writes in one folder."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        words = random.Random(0)
+        (folder / "text.txt").write_text(" ".join(words.choice(WORDS) for _ in range(400)))
+        self.settings = [
+            "model=custom",
+            f"model.path={model}",
+            f"data.path={folder / 'text.txt'}",
+            f"data.heldout_path={folder / 'text.txt'}",
+            "data.samples=2",
+            "data.sequence_length=16",
+            "parallel=tp2",
+            "eval=none",
+            "tracker=none",
+            "sweep=mine",
+            f"output_dir={self.runs}",
+        ]
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        # -u: what a run says must arrive while it runs.
+        command = [sys.executable, "-u", str(ROOT / "run.py"), *overrides, *self.settings]
+        return subprocess.Popen(
+            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def run(self, *overrides: str) -> tuple[int, str, str]:
+        """Exit status, standard output, standard error."""
+        process = self.start(*overrides)
+        out, err = process.communicate(timeout=PATIENCE_S)
+        return process.returncode, out, err
+
+    def records(self) -> dict[float, str]:
+        """Drop fraction -> status, of every record there is."""
+        records = [json.loads(file.read_text()) for file in self.runs.glob("points/*/result.json")]
+        return {record["config"]["drop"]: record["status"] for record in records}
+
+    def half_written(self) -> list[Path]:
+        return [file for file in self.runs.rglob("*") if file.suffix == ".part"]
+
+
+@pytest.fixture
+def runner(tiny_llama: Path, tmp_path: Path) -> Runner:
+    return Runner(tiny_llama, tmp_path)
+
+
+@pytest.mark.slow
+def test_one_point_from_another_folder_with_latency_from_real_ranks(runner: Runner) -> None:
+    fast = ["latency=cpu", "latency.prompt_length=8", "latency.new_tokens=2", "latency.launches=1", "latency.repeats=1"]
+    status, out, err = runner.run("drop=0.5", *fast, "latency.drops=[0]")
+    assert status == 0, err
+    assert "done" in out
+    (file,) = runner.runs.glob("points/*/result.json")
+    record = json.loads(file.read_text())
+    assert record["perplexity"]["value"] > 1
+    assert record["latency"]["ttft_ms"]["median"] > 0
+    assert record["latency"]["backend"] == "gloo"
+    assert str(file) in out
+    # What libraries chatter belongs in the log, and what the runner says is a few lines.
+    assert len(err.splitlines()) < 12, err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stratgy=zs"], "Did you mean strategy?"),
+        (["strategy=zs_b2b"], "not available in this version"),
+        (["strategy=5"], "Config group override must be a string"),
+        (["-m", "drop=0,0.25,1.7"], "drop=1.7"),
+        (["parallel.tp_size=3"], "Sizes that do: 1, 2, 4, 8"),
+    ],
+)
+def test_a_refusal_is_a_sentence_and_leaves_nothing_behind(runner: Runner, overrides: list[str], said: str) -> None:
+    runner.settings = [s for s in runner.settings if not overrides[-1].startswith("parallel") or s != "parallel=tp2"]
+    status, out, err = runner.run(*overrides)
+    assert status == 1
+    assert said in err
+    assert "Traceback" not in err
+    assert "Error executing job" not in err
+    assert out == ""
+    assert not runner.records()
+
+
+@pytest.mark.slow
+def test_one_failed_point_does_not_lose_the_others(runner: Runner, tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    runner.settings.remove(f"model.path={tiny_llama}")
+    status, out, err = runner.run("-m", f"model.path={tmp_path / 'cut'},{tiny_llama}", "drop=0,1")
+    assert status == 1, err
+    assert "2 of 4 points are done" in out
+    assert "Traceback" not in err
+    frame = pd.read_csv(runner.runs / "sweeps" / "mine" / "points.csv")
+    assert frame["status"].tolist() == ["failed", "failed", "done", "done"]
+    assert frame["error"][0].count("cut short") == 1
+    assert frame["perplexity"].isna().tolist() == [True, True, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_goes_on_where_it_was(runner: Runner, number: signal.Signals) -> None:
+    process = runner.start("-m", "drop=0,0.3,0.6,1")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("point 3/4"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143), err
+    assert "Traceback" not in err
+    assert runner.records().items() >= {0.0: "done", 0.3: "done"}.items()
+    assert 1.0 not in runner.records()
+    assert not runner.half_written()
+    if number == signal.SIGTERM:
+        return
+
+    status, out, err = runner.run("-m", "drop=0,0.3,0.6,1")
+    assert status == 0, err
+    assert err.count("done before") >= 2
+    assert err.count("measuring sensitivities") == 0
+    assert "4 of 4 points are done" in out
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(runner: Runner) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    runner.runs.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "spd-test", str(runner.runs)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        assert runner.run("-m", "drop=0")[0] == 0
+        filler = runner.runs / "filler"
+        with filler.open("wb") as stream:  # leaves one page, less than a point takes
+            free = shutil.disk_usage(runner.runs).free
+            stream.write(b"0" * max(0, free - 4096))
+        status, out, err = runner.run("-m", "drop=0,1")
+        assert status == 1, err
+        assert "nothing more can be written" in err
+        assert "Traceback" not in err
+        assert runner.records() == {0.0: "done"}
+        assert not runner.half_written()
+        filler.unlink()
+        status, out, err = runner.run("-m", "drop=0,1")
+        assert status == 0, err
+        assert "2 of 2 points are done" in out
+    finally:
+        subprocess.run(["umount", str(runner.runs)], check=True)
+
+
+def test_when_the_launcher_gives_up_the_sweep_is_summed_up_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Rest:
+        finished = False
+
+        def finish(self) -> bool:
+            self.finished = True
+            return False
+
+    def lost() -> None:
+        raise RuntimeError("job 7 was cancelled")
+
+    rest = Rest()
+    monkeypatch.setattr(run, "main", lost)
+    monkeypatch.setattr(run.Sweep, "current", rest)
+    assert run.cli() == 1
+    assert rest.finished
+    assert "the launcher gave up (RuntimeError: job 7 was cancelled)" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug() -> None:
+        raise RuntimeError("never happens")
+
+    monkeypatch.setattr(run, "main", bug)
+    monkeypatch.setattr(run.Sweep, "current", None)
+    with pytest.raises(RuntimeError, match="never happens"):
+        run.cli()

@@ -1,0 +1,190 @@
+"""A sweep as a whole: checked before it starts, summed up after it ends, whatever its jobs did."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import WORDS
+from hydra import compose, initialize_config_dir
+
+from spd import figures, tracking
+from spd.config import ROOT, to_dict
+from spd.errors import UserError
+from spd.point import failed_record
+from spd.results import Record, Results
+from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, position, print_table
+from spd.sweep import compose as compose_sweep
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, tmp_path: Path) -> list[str]:
+    """Overrides with which every point of the tiny model is fine."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS))
+    return [
+        "model=custom",
+        f"model.path={tiny_llama}",
+        f"data.path={text}",
+        f"data.heldout_path={text}",
+        "data.sequence_length=16",
+        "eval=none",
+        "tracker=none",
+        "sweep=mine",
+        f"output_dir={tmp_path / 'runs'}",
+    ]
+
+
+@contextmanager
+def multirun(overrides: list[str]) -> Iterator[Any]:
+    """What Hydra hands to a callback at the start of a multirun."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        # A sweep's commas are no values of the first composition, so they are put in as Hydra does.
+        config = compose("config", [o for o in overrides if "," not in o], return_hydra_config=True)
+        config.hydra.overrides.task = [o for o in overrides if not o.startswith("hydra")]
+        config.hydra.mode = "MULTIRUN"
+        yield config
+
+
+def test_every_point_is_composed_and_numbered_as_hydra_will(settings: list[str], tmp_path: Path) -> None:
+    with multirun([*settings, "drop=0,0.5", "parallel=tp2,tp4"]) as config:
+        sweep = compose_sweep(config)
+    assert [(c.drop, c.parallel.tp_size) for c in sweep.configs] == [(0.0, 2), (0.0, 4), (0.5, 2), (0.5, 4)]
+    assert sweep.folder == tmp_path / "runs" / "sweeps" / "mine"
+
+
+def test_an_experiment_s_sweep_is_overridden_by_the_command_line(settings: list[str]) -> None:
+    with multirun(["experiment=quickstart", *settings, "latency=none", "drop=0.25,0.5"]) as config:
+        assert [c.drop for c in compose_sweep(config).configs] == [0.25, 0.5]
+    with multirun(["experiment=quickstart", *settings, "latency=none"]) as config:
+        assert [c.drop for c in compose_sweep(config).configs] == [0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("drop=0,0.25,1.7", "drop=1.7"),
+        ("drop=0,half", "drop=half"),
+        ("parallel.tp_size=2,3", "tp_size=3"),
+        ("strategy=zs,zs_b2b", "strategy=zs_b2b is not available"),
+        ("parallel=tp2,tp3", "parallel=tp3"),
+        ("stratgy=zs,zs", "Did you mean strategy?"),
+        ("model.path=nowhere,elsewhere", "nowhere"),
+    ],
+)
+def test_one_wrong_point_refuses_the_whole_sweep(settings: list[str], wrong: str, said: str, tmp_path: Path) -> None:
+    with multirun([*settings, wrong]) as config, pytest.raises(SystemExit) as stopped:
+        SweepCallback().on_multirun_start(config)
+    assert said in str(stopped.value)
+    assert "Traceback" not in str(stopped.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_sweepers_are_refused(settings: list[str]) -> None:
+    with multirun(settings) as config:
+        config.hydra.sweeper._target_ = "pathlib.Path"
+        with pytest.raises(UserError, match="basic sweeper"):
+            compose_sweep(config)
+
+
+@pytest.fixture
+def sweep(settings: list[str]) -> Sweep:
+    with multirun([*settings, "drop=0,0.5,1"]) as config:
+        made = compose_sweep(config)
+    made.begin()
+    return made
+
+
+def make_record(sweep: Sweep, number: int, **changes: Any) -> Record:
+    config = sweep.configs[number]
+    found = {
+        "key": f"key{number}",
+        "status": "done",
+        "plan": {"dropped": list(range(number))},
+        "perplexity": {"value": 3.0 + number, "tokens": 10},
+        "accuracy": {"mean": {"value": 0.8 - 0.1 * number, "stderr": 0.01}, "tasks": {}},
+    }
+    return {**failed_record(to_dict(config), config.sweep, ""), "error": None, **found, **changes}
+
+
+def finish_job(sweep: Sweep, number: int, **changes: Any) -> None:
+    record = make_record(sweep, number, **changes)
+    output_dir = Path(sweep.configs[number].output_dir)
+    if record["key"]:
+        Results(output_dir).finish(record)
+    leave_pointer(sweep.folder / str(number), record, output_dir)
+
+
+def test_a_job_knows_which_of_how_many_it_is(sweep: Sweep) -> None:
+    assert position(sweep.folder / "1") == "2/3"
+    assert position(sweep.folder.parent / "alone" / "0") == ""
+    assert json.loads((sweep.folder / POINTS_FILE).read_text())[2]["config"]["drop"] == 1.0
+
+
+def test_the_summary_has_a_row_for_every_point(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    logged: list[Any] = []
+    monkeypatch.setattr(tracking, "log_sweep", lambda *arguments: logged.append(arguments))
+    for number in range(3):
+        finish_job(sweep, number)
+    assert sweep.finish()
+    frame = pd.read_csv(sweep.folder / "points.csv")
+    assert frame["drop"].tolist() == [0.0, 0.5, 1.0]
+    assert frame["perplexity"].tolist() == [3.0, 4.0, 5.0]
+    assert frame["status"].tolist() == ["done"] * 3
+    assert (sweep.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(logged[0][0]) == 3
+    shown = capsys.readouterr().out
+    assert "0.700 ± 0.010" in shown
+    assert "3 of 3 points are done" in shown
+
+
+def test_a_failed_and_a_lost_point_are_rows_that_say_why(sweep: Sweep, capsys: Any) -> None:
+    finish_job(sweep, 0)
+    finish_job(
+        sweep, 1, key=None, status="failed", error="weights cut short", perplexity=None, accuracy=None, plan=None
+    )
+    assert not sweep.finish()  # the third job left nothing, as one that was killed
+    frame = pd.read_csv(sweep.folder / "points.csv")
+    assert frame["status"].tolist() == ["done", "failed", "failed"]
+    assert frame.loc[1, "error"] == "weights cut short"
+    assert "without a record" in frame.loc[2, "error"]
+    assert frame.loc[1:, ["perplexity", "accuracy_mean", "num_dropped"]].isna().all(axis=None)
+    shown = capsys.readouterr()
+    assert "1 of 3 points are done" in shown.out
+    assert "weights cut short" in shown.err
+
+
+def test_what_an_earlier_run_of_the_sweep_left_is_not_taken_for_this_one(sweep: Sweep) -> None:
+    for number in range(3):
+        finish_job(sweep, number)
+    sweep.begin()
+    assert [record["status"] for record in sweep.records()] == ["failed"] * 3
+
+
+def test_a_figure_that_fails_does_not_lose_the_table(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(figures, "plot_curve", broken)
+    finish_job(sweep, 0)
+    sweep.finish()
+    assert (sweep.folder / "points.csv").exists()
+    assert "the curve failed (RuntimeError: no fonts)" in capsys.readouterr().err
+
+
+def test_the_printed_table_names_what_varies(sweep: Sweep, capsys: Any) -> None:
+    records = [make_record(sweep, number) for number in range(2)]
+    records[1]["config"]["parallel"]["tp_size"] = 8
+    latency = {"median": 12.34, "low": 11.0, "high": 13.0}
+    records[1]["latency"] = {"ttft_ms": latency, "ttft_speedup_percent": latency}
+    print_table(records)
+    shown = capsys.readouterr().out
+    assert "tp_size" in shown
+    assert "model" not in shown
+    assert "12.3 [11.0, 13.0]" in shown
+    assert "+12.3 % [+11.0, +13.0]" in shown
