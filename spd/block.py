@@ -73,7 +73,8 @@ class Block(nn.Module):
 
         def partial(shard: nn.Module) -> Tensor:
             p = self.attention(shard, normed, inputs)
-            return p + self.family.mlp(shard, self.norm2(residual + p))
+            mlp = self.family.mlp(shard, self.norm2(residual + p))
+            return p.add_(mlp)  # in place: with many virtual ranks fresh memory would cost as much as the arithmetic
 
         return residual + _plus(self.ranks.sum(partial(shard) for shard in self.shards), self.mlp_bias)
 
