@@ -173,6 +173,15 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(runner: Runner) -> N
         subprocess.run(["umount", str(runner.runs)], check=True)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what run.cli changes in its process."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run, "quiet", lambda: None)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_when_the_launcher_gives_up_the_sweep_is_summed_up_all_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +203,7 @@ def test_when_the_launcher_gives_up_the_sweep_is_summed_up_all_the_same(
     assert "the launcher gave up (RuntimeError: job 7 was cancelled)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug() -> None:
         raise RuntimeError("never happens")
