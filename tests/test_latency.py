@@ -1,6 +1,7 @@
 """CPU latency: one real session of two ranks, and the statistics on numbers made up here."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from spd.errors import UserError
-from spd.latency import arm_order, measure_latency, summarise
+from spd.latency import arm_order, measure_latency, measure_rank, summarise
 
 
 def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
@@ -40,6 +41,26 @@ def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
     assert (entry["source"], entry["backend"], entry["device"]) == ("measured", "gloo", "cpu")
     assert entry["launches"] == 2
     assert entry["ttft_ms"]["median"] == np.median([np.median(times) for times in session["ttft_ms"]["all"]])
+
+
+def test_every_family_can_be_timed(
+    checkpoint: Callable[..., Path], family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # One rank, in this process: what torchrun would set, without its start.
+    import torch.distributed as dist
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        settings = dict(tp_size=1, dtype=None, prompt_length=8, new_tokens=3, batch_size=2, repeats=2, warmup=0)
+        arms = {"dense": [], "one": [1]}
+        own = {"checkpoint": str(checkpoint(family)), "arms": arms, "seed": 0, "realtime": False}
+        times = measure_rank(settings | own, lambda done, total: None)
+    finally:
+        dist.destroy_process_group()
+    assert times["scheduling"] == "default"
+    assert {arm: len(found) for arm, found in times["tpot_ms"].items()} == {"dense": 2, "one": 2}
 
 
 def test_a_block_that_does_not_exist_is_refused_before_any_launch(tiny_llama: Path) -> None:
