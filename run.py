@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from spd.config import HydraError, explain, from_hydra
+from spd.compose import HydraError, explain, from_hydra
 from spd.errors import UserError
 from spd.progress import Display, quiet
 from spd.results import is_disk_full

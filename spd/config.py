@@ -1,12 +1,10 @@
-"""The typed schema of everything in conf/, and the one place where a composed configuration becomes a RunConfig.
+"""The typed schema of everything in conf/: a docstring under each field gives unit, allowed values and why the default.
 
-Every field has its docstring: unit, allowed values, why the default. `from_hydra` checks keys, types, ranges and
-combinations; `explain` turns Hydra's and OmegaConf's errors into one sentence that says what to write instead.
-Imports no torch, so that a refused configuration costs a second and not ten.
+`spd.compose` makes a RunConfig of what Hydra composed. Neither imports torch, so that a refused configuration costs a
+second and not ten.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,33 +14,11 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from spd.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: relative paths in conf/ start here (or in the working directory, which is looked at first)."""
-
-_DISTILLATION = "it comes with block-to-block distillation in a later version; write strategy=zs"
-_OFFICIAL_TASKS = (
-    "the official benchmarks come in a later version; write eval=reference (nine tasks of the reference models) "
-    "or eval=reference_zero_shot, or name lm-eval tasks of your own with eval.tasks and eval.include_path"
-)
-_INTERCONNECTS = "emulated interconnects come in a later version; write interconnect=native (this machine's own)"
-
-NOT_YET = {
-    ("strategy", "zs_b2b"): _DISTILLATION,
-    ("strategy", "zs_b2b_hg"): "it comes with head grouping in a later version; write strategy=zs",
-    ("eval", "zero_shot"): _OFFICIAL_TASKS,
-    ("eval", "mmlu"): _OFFICIAL_TASKS,
-    ("eval", "longbench"): _OFFICIAL_TASKS,
-    ("latency", "gpu"): "latency on GPUs comes in a later version; write latency=cpu or latency=none",
-    ("interconnect", "lbw"): _INTERCONNECTS,
-    ("interconnect", "socket"): _INTERCONNECTS,
-}
-"""Options that have a name in the paper's configurations and no implementation here yet: refused, never imitated."""
 
 
 class DType(Enum):
@@ -316,23 +292,6 @@ class RunConfig:
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
-def from_hydra(composed: DictConfig) -> RunConfig:
-    """The validated RunConfig of a composed configuration (without its `hydra` node).
-
-    Raises:
-        UserError: a key that does not exist, a value of the wrong type or out of range, a file that is not there.
-    """
-    try:
-        plain = OmegaConf.to_container(composed, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from error
-    assert isinstance(config, RunConfig)
-    config.check()
-    _check_files(config)
-    return config
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON-able values, enums by name."""
 
@@ -344,6 +303,11 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, list) else value
 
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `run.py` can be given again."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def find_path(path: str) -> Path | None:
@@ -362,124 +326,3 @@ def need_path(path: str, setting: str) -> Path:
         where = " or ".join(dict.fromkeys([str(Path.cwd()), str(ROOT)]))
         raise UserError(f"{setting}={path!r} does not exist (looked for in {where}); give one that does.")
     return found
-
-
-def _check_files(config: RunConfig) -> None:
-    need_path(config.data.path, "data.path")
-    need_path(config.data.heldout_path, "data.heldout_path")
-    if config.eval.tasks:
-        if config.eval.include_path is None:
-            raise UserError(f"eval.tasks={config.eval.tasks} without eval.include_path: {_OFFICIAL_TASKS}.")
-        include = need_path(config.eval.include_path, "eval.include_path")
-        known = task_names(include)
-        for task in config.eval.tasks:
-            if task not in known:
-                raise UserError(f"eval.tasks names {task!r}, which is no task in {include}. {_nearest(task, known)}")
-
-
-def task_names(include_path: Path) -> list[str]:
-    """Names of the lm-eval tasks and groups that the YAML files under a folder define."""
-    names = set()
-    for file in include_path.rglob("*.yaml"):
-        # lm-eval's own tags (!function) mean nothing here; only the name is wanted.
-        found = re.search(r"^(?:task|group):[ \t]*([\w.-]+)[ \t]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            names.add(found[1])
-    return sorted(names)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    listed = f"Known: {', '.join(known)}." if known else "There are none."
-    return f"Did you mean {' or '.join(close)}? {listed}" if close else listed
-
-
-def explain(error: BaseException) -> str:
-    """One readable message for an error of Hydra's or OmegaConf's, naming what to write instead."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if (group, option) in NOT_YET:
-            return f"{group}={option} is not available in this version: {NOT_YET[group, option]}."
-        return f"{group}={option}: there is no such option in conf/{group}. {_nearest(option, list(error.options))}"
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return _explain_key(str(cause.full_key), cause)
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be read; write key=value, and quote a value with spaces or commas."
-    text = str(error).strip()
-    several = re.match(r"Ambiguous value for argument '(.*)'", text)
-    if several:
-        return (
-            f"{several[1]} gives several values; to sweep over them put -m first, as in "
-            f"python run.py -m {several[1]}, and write a list as [a,b]."
-        )
-    if "appears more than once" in text or text.startswith("Multiple values for"):
-        return f"{text}. A group that is there already is chosen without '+', as in strategy=zs."
-    return text
-
-
-def _explain_key(full_key: str, error: OmegaConfBaseException) -> str:
-    if full_key.startswith("hydra."):
-        return f"{full_key}: {str(error).splitlines()[0]}"
-    full_key = re.sub(r"\[\d+\]", "", full_key)  # an item of a list is explained as the list
-    holder, known = _keys_beside(full_key)
-    last = full_key.rpartition(".")[2]
-    if last not in known:
-        where = f"in {holder}" if holder else "at the top level"
-        return f"{full_key}: there is no such setting {where}. {_nearest(last, known)}"
-    text = str(error).splitlines()[0]
-    value = re.search(r"[Vv]alue '([^']*)'", text)
-    group = full_key.removesuffix(".name")
-    if value and (group, value[1]) in NOT_YET:
-        return f"{group}={value[1]} is not available in this version: {NOT_YET[group, value[1]]}."
-    expected = _expected(full_key)
-    given = f"{full_key}={value[1]}" if value else full_key
-    return f"{given}: {expected} is needed." if expected else f"{full_key}: {text}"
-
-
-def _keys_beside(full_key: str) -> tuple[str, list[str]]:
-    """The nearest existing section above a key, and the names of the settings in it."""
-    holder: Any = RunConfig
-    path = []
-    for part in full_key.split(".")[:-1]:
-        types = {item.name: item.type for item in dataclasses.fields(holder)}
-        if not dataclasses.is_dataclass(types.get(part)):
-            break
-        holder = types[part]
-        path.append(part)
-    return ".".join(path), [item.name for item in dataclasses.fields(holder)]
-
-
-def _expected(full_key: str) -> str | None:
-    """What a setting takes, in words."""
-    kind: Any = RunConfig
-    for part in full_key.split("."):
-        if not dataclasses.is_dataclass(kind):
-            return None
-        kind = {item.name: item.type for item in dataclasses.fields(kind)}.get(part)
-    if dataclasses.is_dataclass(kind):
-        return "a group of settings (choose one from conf/)"
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return "one of " + ", ".join(member.name for member in kind)
-    words = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        int | None: "a whole number or null",
-        str | None: "a text or null",
-        list[str]: "a list of texts, as in [a,b],",
-        list[float]: "a list of numbers, as in [0,0.5],",
-    }
-    return words.get(kind)
-
-
-def dump_yaml(config: RunConfig) -> str:
-    """The configuration as YAML that `run.py` can be given again."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-HydraError = (HydraException, OmegaConfBaseException)
-"""What Hydra and OmegaConf raise for a configuration they cannot compose; `explain` words it."""

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from spd.config import HydraError, RunConfig, dump_yaml, explain, from_hydra, to_dict
+from spd.compose import HydraError, explain, from_hydra
+from spd.config import RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.results import Record, is_disk_full, read_record, to_frame, write_json, write_text
 

@@ -12,7 +12,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spd.config import ROOT, HydraError, RunConfig, dump_yaml, explain, from_hydra, to_dict
+from spd.compose import HydraError, explain, from_hydra
+from spd.config import ROOT, RunConfig, dump_yaml, find_path, to_dict
 from spd.errors import UserError
 
 CONF = ROOT / "conf"
@@ -159,8 +160,6 @@ def test_a_record_s_configuration_gives_the_same_configuration_again(texts: list
 
 
 def test_relative_paths_are_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from spd.config import find_path
-
     monkeypatch.chdir(tmp_path)
     assert find_path("conf/config.yaml") == CONF / "config.yaml"
     (tmp_path / "conf").mkdir()
@@ -191,6 +190,6 @@ def test_conf_files_set_only_what_the_schema_names() -> None:
 
 
 def test_a_configuration_is_checked_without_waiting_for_torch() -> None:
-    code = "import sys, spd.config, spd.progress; print([m for m in ('torch', 'pandas') if m in sys.modules])"
+    code = "import sys, spd.compose, spd.progress; print([m for m in ('torch', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
