@@ -227,10 +227,10 @@ class _Point:
         asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed}
 
         def measure() -> dict[str, Any]:
-            from spd.evaluation import evaluate  # imports lm-eval: slow, and not needed where no task is asked for
-
             model = self.prepared
             self.display.step("evaluating")
+            from spd.evaluation import evaluate  # imports lm-eval: slow, and not needed where no task is asked for
+
             include = need_path(settings.include_path, "eval.include_path") if settings.include_path else None
             return evaluate(
                 model,

@@ -51,7 +51,9 @@ class Display:
     def step(self, text: str) -> None:
         """A new step begins; how long it is, is not known yet."""
         self._step, self._last = text, time.monotonic()
-        self._bar.reset(self._task, total=None, description=f"{self.title}: {text}")
+        # Not reset(): that keeps the length of the step before.
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(f"{self.title}: {text}", total=None)
         if not self.console.is_terminal:
             self.say(text)
 
