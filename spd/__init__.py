@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spd.data import load_samples as load_samples
     from spd.errors import UserError as UserError
     from spd.model import TensorParallelLM as TensorParallelLM
     from spd.model import load as load
@@ -19,6 +20,7 @@ _HOMES = {
     "UserError": "spd.errors",
     "TensorParallelLM": "spd.model",
     "load": "spd.model",
+    "load_samples": "spd.data",
     "DropPlan": "spd.plan",
     "make_plan": "spd.plan",
     "SensitivityReport": "spd.sensitivity",
