@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from spd.errors import UserError
 from spd.launch import Progress, run_ranks, threads_per_rank
 
@@ -62,8 +64,8 @@ def measure_latency(
         on_progress: called with (rounds done, rounds in all), a round being one repeat of every arm.
 
     Returns:
-        The session: its settings; "arms"; of every launch "launch_s" (seconds it took, starting included) and
-        "scheduling" ("fifo" or "default"); for each of ttft_ms and tpot_ms
+        The session: its settings; "arms"; of every launch "launch_s" (seconds it took, starting included), "scheduling"
+        ("fifo" or "default") and "busy_percent" (of the CPU, by others, just before it); for each of ttft_ms and tpot_ms
         `{arm: [[milliseconds of each repeat] of each launch]}`. Give it to `summarise`.
 
     Raises:
@@ -113,9 +115,12 @@ def measure_latency(
         "arms": arms,
         "launch_s": [],
         "scheduling": [],
+        "busy_percent": [],
         **{metric: {arm: [] for arm in arms} for metric in METRICS},
     }
     for launch in range(launches):
+        # What else runs is no part of the result, but a reader has to know: waits grow with it.
+        session["busy_percent"].append(psutil.cpu_percent(interval=0.5))
         start = time.monotonic()
         times = run_ranks(
             "spd.latency:measure_rank",
@@ -250,6 +255,7 @@ def summarise(session: dict[str, Any], arm: str, baseline: str) -> dict[str, Any
         **{name: session[name] for name in copied},
         "threads_per_rank": session["threads_per_rank"],
         "scheduling": " and ".join(sorted(set(session["scheduling"]))),
+        "busy_percent": session["busy_percent"],
         "interval": f"{CONFIDENCE:.0%} percentile bootstrap of the median over launches",
         **{name: _median_and_interval(values) for name, values in per_launch.items()},
         "per_launch": per_launch,

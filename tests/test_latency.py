@@ -32,7 +32,7 @@ def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
         times = np.array(list(session[metric].values()))
         assert times.shape == (3, 2, 3), "arms, launches, repeats"
         assert (times > 0).all()
-    assert len(session["launch_s"]) == 2
+    assert len(session["launch_s"]) == len(session["busy_percent"]) == 2
     assert set(session["scheduling"]) <= {"fifo", "default"}
     assert progress[-1] == (6, 6)
     assert progress == sorted(progress)
@@ -113,6 +113,7 @@ def made_up_session(launches: int) -> dict[str, Any]:
         "new_tokens": 4,
         "threads_per_rank": 1,
         "scheduling": ["default"] * launches,
+        "busy_percent": [1.0] * launches,
         "ttft_ms": times,
         "tpot_ms": times,
     }
