@@ -63,7 +63,7 @@ class Sweep:
         try:
             return read_record(Path(json.loads((job / POINTER_FILE).read_text(encoding="utf-8"))["record"]))
         except (FileNotFoundError, ValueError, KeyError):
-            why = f"its job ended without a record; see {job} and the logs of the launcher"
+            why = f"its job left no record: it was killed, or still runs; see {job} and the launcher's logs"
             return failed_record(to_dict(config), config.sweep, why)
 
     def finish(self) -> bool:

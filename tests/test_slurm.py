@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -92,3 +93,25 @@ def test_a_point_that_fails_in_its_job_is_a_row_beside_the_others(
     frame = pd.read_csv(tmp_path / "runs" / "sweeps" / "cluster" / "points.csv")
     assert frame["status"].tolist() == ["failed", "done"]
     assert "cut short" in frame["error"][0]
+
+
+def test_a_job_that_is_killed_is_a_row_beside_the_others(settings: list[str], tmp_path: Path) -> None:
+    if subprocess.run(["sacct"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs accounting: without it submitit waits for a killed job for ever (start.sh DIR accounting)")
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *settings, "drop=0,1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = ""
+    while not job and process.poll() is None:
+        time.sleep(0.2)
+        shown = subprocess.run(
+            ["squeue", "--noheader", "--format=%i", "--state=RUNNING"], capture_output=True, text=True
+        )
+        job = next((name for name in shown.stdout.split() if name.endswith("_0")), "")
+    subprocess.run(["scancel", "--signal=KILL", job], check=True)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "the launcher gave up" in err
+    assert "1 of 2 points are done" in out
+    frame = pd.read_csv(tmp_path / "runs" / "sweeps" / "cluster" / "points.csv")
+    assert frame["status"].tolist() == ["failed", "done"]
+    assert "left no record" in frame["error"][0]

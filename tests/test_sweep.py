@@ -150,7 +150,7 @@ def test_a_failed_and_a_lost_point_are_rows_that_say_why(sweep: Sweep, capsys: A
     frame = pd.read_csv(sweep.folder / "points.csv")
     assert frame["status"].tolist() == ["done", "failed", "failed"]
     assert frame.loc[1, "error"] == "weights cut short"
-    assert "without a record" in frame.loc[2, "error"]
+    assert "left no record" in frame.loc[2, "error"]
     assert frame.loc[1:, ["perplexity", "accuracy_mean", "num_dropped"]].isna().all(axis=None)
     shown = capsys.readouterr()
     assert "1 of 3 points are done" in shown.out

@@ -8,7 +8,7 @@ for _ in $(seq 300); do
     [ -z "$(squeue --noheader 2>/dev/null)" ] && break
     sleep 0.1
 done
-for pid_file in "$dir"/slurmd.*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do
+for pid_file in "$dir"/slurmd.*.pid "$dir/slurmctld.pid" "$dir/slurmdbd.pid" "$dir/mariadb.pid" "$dir/munge/pid"; do
     [ -f "$pid_file" ] && kill "$(cat "$pid_file")" 2>/dev/null
 done
 for _ in $(seq 100); do
