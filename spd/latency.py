@@ -65,8 +65,8 @@ def measure_latency(
 
     Returns:
         The session: its settings; "arms"; of every launch "launch_s" (seconds it took, starting included), "scheduling"
-        ("fifo" or "default") and "busy_percent" (of the CPU, by others, just before it); for each of ttft_ms and tpot_ms
-        `{arm: [[milliseconds of each repeat] of each launch]}`. Give it to `summarise`.
+        ("fifo" or "default") and "busy_percent" (of the CPU, by others, just before it); for each of ttft_ms and
+        tpot_ms `{arm: [[milliseconds of each repeat] of each launch]}`. Give it to `summarise`.
 
     Raises:
         UserError: a setting that cannot be, a prompt longer than the model takes, a block that does not exist, a port
