@@ -108,7 +108,9 @@ from spd.launch import run_ranks
 run_ranks("launch_jobs:sleep_for_ever", {{"marker": {str(tmp_path / "rank")!r}}}, tp_size=2)
 """
     path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    caller = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path})
+    caller = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+    )
     ranks = wait_for_ranks(caller, tmp_path / "rank")
     assert all(psutil.pid_exists(pid) for pid in ranks)
     caller.send_signal(how)
