@@ -55,32 +55,28 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; `inputs` are what Hugging Face gives a layer: mask, positions, cache."""
-        return self.spd(x, **inputs) if self.dropped else self.tp(x, **inputs)
+        partials = self.attention(x, **inputs)
+        return self.spd(x, partials) if self.dropped else self.tp(x, partials)
 
-    def tp(self, x: Tensor, **inputs: Any) -> Tensor:
-        """The block as tensor parallelism has it, with two sync points."""
+    def attention(self, x: Tensor, **inputs: Any) -> list[Tensor]:
+        """`P_i` [B, T, D] of every rank of this process, for the block input `X` [B, T, D]."""
         normed = self.norm1(x)
-        attention = self.ranks.sum(self.attention(shard, normed, inputs) for shard in self.shards)
-        u = x + _plus(attention, self.attention_bias)
+        shards: Any = self.shards
+        return [shard.self_attn(hidden_states=normed, **inputs)[0] for shard in shards]
+
+    def tp(self, x: Tensor, partials: list[Tensor]) -> Tensor:
+        """The block's output as tensor parallelism has it, from `X` and `P_i`: two sync points."""
+        u = x + _plus(self.ranks.sum(partials), self.attention_bias)
         normed = self.norm2(u)
-        mlp = self.ranks.sum(self.family.mlp(shard, normed) for shard in self.shards)
-        return u + _plus(mlp, self.mlp_bias)
+        return u + _plus(self.ranks.sum(self.family.mlp(shard, normed) for shard in self.shards), self.mlp_bias)
 
-    def spd(self, x: Tensor, **inputs: Any) -> Tensor:
-        """The block with the sync point after attention dropped."""
-        normed = self.norm1(x)
+    def spd(self, x: Tensor, partials: list[Tensor]) -> Tensor:
+        """The block's output with the sync point after attention dropped, from `X` and `P_i`: one sync point."""
         residual = _plus(x, self.attention_bias)
-
-        def partial(shard: nn.Module) -> Tensor:
-            p = self.attention(shard, normed, inputs)
-            mlp = self.family.mlp(shard, self.norm2(residual + p))
-            return p.add_(mlp)  # in place: with many virtual ranks fresh memory would cost as much as the arithmetic
-
-        return residual + _plus(self.ranks.sum(partial(shard) for shard in self.shards), self.mlp_bias)
-
-    def attention(self, shard: Any, normed: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """`P_i`: [B, T, D] -> [B, T, D]."""
-        return shard.self_attn(hidden_states=normed, **inputs)[0]
+        outputs = (
+            p + self.family.mlp(shard, self.norm2(residual + p)) for shard, p in zip(self.shards, partials, strict=True)
+        )
+        return residual + _plus(self.ranks.sum(outputs), self.mlp_bias)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,8 +6,9 @@ Legend: S samples, T tokens, L blocks; ppl(D) the perplexity with the blocks of 
     alone   s_i = ppl({i}) - ppl({})
     front   s_i = ppl({0, ..., i}) - ppl({0, ..., i-1})
 
-All three evaluate models that differ from block `i` on, so the hidden states before it are computed once and kept: per
-batch, L + L(L+1)/2 block evaluations instead of L(L+1). That is L/2 + 1.5 forwards.
+All three evaluate models that differ from block `i` on, so the hidden states before it are computed once and kept, and
+so is block `i`'s attention, which both of its kinds share. Per batch these are L(L+1)/2 attentions and L MLPs more
+instead of L(L+1) of each: about L/2 + 1 forwards.
 """
 
 import dataclasses
@@ -144,14 +145,17 @@ def measure_sensitivity(
             ids = ids.to(model.device)
             x, inputs = model.embed(ids)
             for i in range(last + 1):
-                # x is the input of block i with the blocks before it as the order's prefix has them.
+                # x is the input of block i behind the blocks that the order wants there; y goes on to the end.
                 y = x
                 for j in range(i, last):
+                    partials = blocks[j].attention(y, **inputs)
+                    if j == i:
+                        at_x = partials
                     changed = order == "suffix" or (order == "alone" and j == i)
-                    y = blocks[j].spd(y, **inputs) if changed else blocks[j].tp(y, **inputs)
+                    y = blocks[j].spd(y, partials) if changed else blocks[j].tp(y, partials)
                 loss[i] += next_token_loss(model.head(y), ids)
                 if i < last:
-                    x = blocks[i].spd(x, **inputs) if order == "front" else blocks[i].tp(x, **inputs)
+                    x = blocks[i].spd(x, at_x) if order == "front" else blocks[i].tp(x, at_x)
                 if on_progress:
                     on_progress(next(steps), len(batches) * (last + 1))
     tokens = samples.shape[0] * (samples.shape[1] - 1)

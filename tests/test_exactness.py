@@ -138,7 +138,8 @@ def test_the_spd_block_is_the_equation_of_the_paper(checkpoint: Callable[..., Pa
             )
         )
         total += p_i + hidden @ layer.fc2.weight[:, columns].T
-    assert_same(model.blocks[1].spd(x, attention_mask=None), x + b + total + b2)
+    block = model.blocks[1]
+    assert_same(block.spd(x, block.attention(x, attention_mask=None)), x + b + total + b2)
 
 
 @torch.inference_mode()

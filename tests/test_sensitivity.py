@@ -1,6 +1,7 @@
 """Sensitivities against the definition, evaluated the slow way."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,25 @@ def test_reusing_the_prefix_gives_the_definition(tiny_opt: Path, samples: Tensor
     assert model.dropped == (1,)
 
 
-def test_the_suffix_order_costs_half_the_forwards(tiny_llama: Path, samples: Tensor) -> None:
-    model, calls, progress = spd.load(tiny_llama, tp_size=2), [], []
+@pytest.mark.parametrize("order", ["suffix", "alone", "front"])
+def test_a_measurement_costs_half_the_forwards(tiny_llama: Path, samples: Tensor, order: str) -> None:
+    model, progress = spd.load(tiny_llama, tp_size=2), []
+    calls: dict[str, int] = {"attention": 0, "tp": 0, "spd": 0}
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **inputs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **inputs)
+
+        return call
+
     for block in model.blocks:
-        for kind in ("tp", "spd"):
-            original = getattr(block, kind)
-            setattr(block, kind, lambda x, _f=original, **inputs: calls.append(1) or _f(x, **inputs))
-    spd.measure_sensitivity(model, samples, batch_size=5, on_progress=lambda *step: progress.append(step))
+        for name in calls:
+            setattr(block, name, counted(name, getattr(block, name)))
+    spd.measure_sensitivity(model, samples, order, batch_size=5, on_progress=lambda *step: progress.append(step))
     blocks = model.num_blocks
-    assert len(calls) / blocks == blocks / 2 + 1.5
+    assert calls["attention"] / blocks == (blocks + 1) / 2
+    assert (calls["tp"] + calls["spd"]) / blocks == blocks / 2 + 1.5
     assert progress == [(i, blocks + 1) for i in range(1, blocks + 2)]
 
 
