@@ -45,7 +45,8 @@ def resolve(path_or_id: str | Path) -> Path:
         if pickled:
             raise UserError(
                 f"{folder} holds pickled weights only ({pickled[0]}), and loading a pickle can run any code. "
-                "Convert it once, where that does no harm: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)."
+                "Convert it once, where that does no harm: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another_folder)."
             )
         raise UserError(f"{folder} has no weights (*.safetensors).")
     return folder
