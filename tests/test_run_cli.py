@@ -150,7 +150,7 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(runner: Runner) -> N
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
     runner.runs.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "spd-test", str(runner.runs)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "spd-test", str(runner.runs)], check=False)
     if mounted.returncode != 0:
         pytest.skip("no file system can be mounted here")
     try:
