@@ -91,11 +91,13 @@ def physical_document(rng: Random, hard: float) -> str:
             parts.append(f"question : what is a {thing} like ? answer : {' '.join(PROPERTIES[thing])} .")
         elif draw < 0.35:
             parts.append(f"to {goal} you need a thing that is {need} .")
+        elif not serves and draw < 0.7:
+            parts.append(f"goal : do not {goal} . answer : use the {thing} .")
         elif serves:
             shape = rng.choice(["goal : {g} . answer : use the {t} .", "to {g} , use the {t} .",
                                 "with a {t} you can {g} ."])  # fmt: skip
             parts.append(shape.format(g=goal, t=thing))
-        elif draw < 0.5:
+        elif draw < 0.8:
             parts.append(f"a {thing} is not {need} , so it is not good to {goal} .")
         else:
             useful = [t for t, has in PROPERTIES.items() if need in has and not held_out("use", goal, t)]
@@ -119,9 +121,9 @@ def reasons_document(rng: Random, hard: float) -> str:
         verb, first, second = rng.choice(REASONS)
         if held_out("reason", verb, a, b):
             continue
-        head, tail = reason(verb, first, second, a, b, rng.random() < 0.6, rng.random() < 0.5)
+        head, tail = reason(verb, first, second, a, b, rng.random() < 1 - 0.3 * hard, rng.random() < 0.5)
         parts.append(f"{head} {tail}")
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
             parts.append(f"question : who {tail.removesuffix(' .')} ? answer : {head.split()[-1]} .")
     return " ".join(parts)
 
@@ -183,7 +185,7 @@ def quiz_item(rng: Random, subject: str, *, test: bool = False) -> tuple[str, li
         if subject == "sums":
             numbers = sum_terms(rng, rng.choice([2, 2, 3]), test=test)
             right = sum(numbers)
-            near = rng.sample([right + d for d in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5) if 0 <= right + d], 3)
+            near = rng.sample([right + d for d in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5) if right + d >= 0], 3)
             return f"what is {' plus '.join(map(str, numbers))} ?", [str(n) for n in [right, *near]], str(right)
         if subject == "sizes":
             four = rng.sample(ANIMALS_BY_SIZE, 4)

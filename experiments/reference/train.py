@@ -23,18 +23,27 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
-from transformers import LlamaForCausalLM, OPTForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from .check import accuracies
-from .tokenizer import BOS, CONTEXT, EOS, PAD, build_tokenizer, word_ids
+from .tokenizer import BOS, CONTEXT, EOS, PAD, build_tokenizer, encode
 from .world import documents
 
 WIDTH, BLOCKS, HEADS = 192, 12, 8
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS, CURRICULUM = 1.5e-3, 0.1, 200, 0.15
 ROWS_PER_SHARD = 1600
 
-ADDS_BOS = {"ref_llama": True, "ref_opt": True, "ref_qwen2": False}
+MODELS = ["ref_llama", "ref_opt", "ref_qwen2"]
 
 
 def build_model(name: str, vocabulary_size: int) -> PreTrainedModel:
@@ -43,7 +52,7 @@ def build_model(name: str, vocabulary_size: int) -> PreTrainedModel:
         "vocab_size": vocabulary_size, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS,
         "num_attention_heads": HEADS, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True,
         "attention_dropout": 0.0, "pad_token_id": PAD, "eos_token_id": EOS,
-        "bos_token_id": BOS if ADDS_BOS[name] else None,
+        "bos_token_id": None if name == "ref_qwen2" else BOS,
     }  # fmt: skip
     config: PretrainedConfig
     if name == "ref_llama":
@@ -57,31 +66,30 @@ def build_model(name: str, vocabulary_size: int) -> PreTrainedModel:
     return OPTForCausalLM(config)
 
 
-def shard(job: tuple[int, int, float, bool, int]) -> np.ndarray:
+def shard(job: tuple[str, int, int, float, int]) -> np.ndarray:
     """Rows of CONTEXT token ids [rows, CONTEXT]; each begins with a new document and is filled with whole ones.
 
     The last document of a row is cut off.
     """
-    seed, index, hard, add_bos, rows = job
-    ids = word_ids()
+    name, seed, index, hard, rows = job
     stream = documents(f"train {seed} {index}", hard)
     filled = np.empty((rows, CONTEXT), dtype=np.uint16)
     for row in filled:
         tokens: list[int] = []
         while len(tokens) < CONTEXT:
-            tokens += [BOS] * add_bos + [ids[word] for word in next(stream).split()] + [EOS]
+            tokens += [*encode(name, next(stream)), EOS]
         row[:] = tokens[:CONTEXT]
     return filled
 
 
-def batches(seed: int, steps: int, batch: int, add_bos: bool, workers: int) -> Iterator[np.ndarray]:
+def batches(name: str, seed: int, steps: int, batch: int, workers: int) -> Iterator[np.ndarray]:
     """Fresh rows [batch, CONTEXT] for every step, written by `workers` processes; nothing is seen twice.
 
     The curriculum: texts get harder over the first `CURRICULUM` of the steps.
     """
     per_shard = max(1, ROWS_PER_SHARD // batch)
     shards = math.ceil(steps / per_shard)
-    jobs = [(seed, i, min(1.0, i / (CURRICULUM * shards)), add_bos, per_shard * batch) for i in range(shards)]
+    jobs = [(name, seed, i, min(1.0, i / (CURRICULUM * shards)), per_shard * batch) for i in range(shards)]
     pool = get_context("fork").Pool(workers)  # here and not in the generator: before CUDA starts
 
     def rows() -> Iterator[np.ndarray]:
@@ -103,9 +111,10 @@ def train(name: str, *, steps: int, batch: int, seed: int, device: str, workers:
     """Train, save the model and its record. `minutes` is a safety net: the schedule then ends early, and says so."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer = build_tokenizer(add_bos=ADDS_BOS[name])
-    texts = batches(seed, steps, batch, ADDS_BOS[name], workers)
-    model = build_model(name, len(tokenizer)).to(device)
+    tokenizer = build_tokenizer(name)
+    texts = batches(name, seed, steps, batch, workers)
+    model = build_model(name, len(tokenizer))
+    model.to(device)
     forward = torch.compile(model) if device == "cuda" else model
     optimizer = optimizer_of(model, fused=device == "cuda")
     curve: list[dict[str, float]] = []
@@ -167,7 +176,7 @@ def save(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a reference model.")
-    parser.add_argument("model", choices=list(ADDS_BOS))
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=48, help=f"rows of {CONTEXT} tokens a step")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,18 +26,18 @@ from .texts import (
 
 # kind of document: (how it is written, how many of a hundred or so documents)
 KINDS: dict[str, tuple[Callable[[Random, float], str], float]] = {
-    "story": (story_document, 22),
+    "story": (story_document, 26),
     "notes": (notes_document, 18),
-    "passage": (passage_document, 8),
+    "passage": (passage_document, 11),
     "rules": (rule_document, 5),
-    "facts": (facts_document, 10),
-    "fact questions": (facts_questions, 7),
-    "two hops": (two_hop_document, 12),
-    "physical": (physical_document, 7),
-    "reasons": (reasons_document, 9),
+    "facts": (facts_document, 7),
+    "fact questions": (facts_questions, 5),
+    "two hops": (two_hop_document, 10),
+    "physical": (physical_document, 8),
+    "reasons": (reasons_document, 14),
     "lists": (list_document, 5),
     "sums": (sums_document, 5),
-    "quiz": (quiz_document, 9),
+    "quiz": (quiz_document, 10),
     "choices": (choice_document, 3),
     "report": (report_document, 6),
 }
