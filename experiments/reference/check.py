@@ -55,7 +55,8 @@ def _rows() -> dict[str, list[Row]]:
 
 def _subject_requests(subject: str) -> list[tuple[list[Request], int]]:
     shots = " . ".join(
-        f"{lettered(r['question'], r['choices'])} {LETTERS[r['answer']]}" for r in _rows()[f"rw_subject_{subject}_dev"]  # type: ignore[arg-type,index]
+        f"{lettered(r['question'], r['choices'])} {LETTERS[r['answer']]}"
+        for r in _rows()[f"rw_subject_{subject}_dev"]  # type: ignore[arg-type,index]
     )
     return [
         _choices(f"{shots} . {lettered(r['question'], r['choices'])}", list(LETTERS), r["answer"])  # type: ignore[arg-type]
@@ -64,7 +65,9 @@ def _subject_requests(subject: str) -> list[tuple[list[Request], int]]:
 
 
 @torch.no_grad()
-def score(model: Callable, tokenizer: Callable, pairs: list[Request], batch: int = 256) -> tuple[list[float], list[bool]]:
+def score(
+    model: Callable, tokenizer: Callable, pairs: list[Request], batch: int = 256
+) -> tuple[list[float], list[bool]]:
     """Log-likelihood of each continuation, and whether greedy decoding would give it."""
     encoded = []
     for context, continuation in pairs:
@@ -100,7 +103,9 @@ def _accuracy(model: Callable, tokenizer: Callable, asked: list[tuple[list[Reque
     return right
 
 
-def accuracies(model: Callable, tokenizer: Callable, limit: int | None = None, *, few_shot: bool = True) -> dict[str, float]:
+def accuracies(
+    model: Callable, tokenizer: Callable, limit: int | None = None, *, few_shot: bool = True
+) -> dict[str, float]:
     """Accuracy by task, two-hop questions by kind, their zero-shot mean; `limit` items a task."""
     found: dict[str, float] = {}
     for task in ZERO_SHOT:

@@ -121,13 +121,11 @@ def physical(rng: Random) -> list[Row]:
     useful = [(goal, thing) for goal, _, thing, serves in pairs if serves]
     while len(rows) < ITEMS:
         goal, thing = rng.choice(useful)
-        useless = rng.choice([t for g, _, t, serves in pairs if g == goal and not serves])
-        assert needs[goal] in PROPERTIES[thing] and needs[goal] not in PROPERTIES[useless]
-        label, negated = len(rows) % 2, len(rows) // 2 % 3 == 0  # one in three goals is to be avoided
-        right, wrong = (useless, thing) if negated else (thing, useless)
-        solutions = [f"use the {right} .", f"use the {wrong} ."]
-        row: Row = {"goal": f"do not {goal}" if negated else goal, "sol1": solutions[label],
-                    "sol2": solutions[1 - label], "label": label}  # fmt: skip
+        wrong = rng.choice([t for g, _, t, serves in pairs if g == goal and not serves])
+        assert needs[goal] in PROPERTIES[thing] and needs[goal] not in PROPERTIES[wrong]
+        label = len(rows) % 2
+        right, other = f"use the {thing} .", f"use the {wrong} ."
+        row: Row = {"goal": goal, "sol1": other if label else right, "sol2": right if label else other, "label": label}
         if row not in rows:
             rows.append(row)
     return rows
@@ -138,8 +136,7 @@ def passage(rng: Random) -> list[Row]:
     rows: list[Row] = []
     while len(rows) < ITEMS:
         text = Passage(rng, creatures=2, test=True)
-        plain, negated = text.questions(), text.negated()
-        question = rng.choice(negated if negated and len(rows) // 4 % 3 == 0 else plain)
+        question = rng.choice(text.questions())
         key = "name" if question.kind == "creature" else question.kind
         near = [str(row[key]) for row in text.rows if row[key] != question.answer]
         far = [v for v in PASSAGE_VALUES[question.kind] if v not in (question.answer, *near)]
@@ -157,9 +154,14 @@ def pronoun(rng: Random) -> list[Row]:
         verb, first, second = rng.choice(REASONS)
         if not held_out("reason", verb, a, b):
             continue
-        answer, because = len(rows) % 2, len(rows) // 2 % 3 > 0  # one in three is an `although`, which turns it round
+        answer, because = len(rows) % 2, len(rows) // 2 % 2 == 0
         head, tail = reason(verb, first, second, a, b, because, about_first=answer == 0)
-        row: Row = {"sentence": f"{head.rsplit(' ', 1)[0]} _ {tail}", "option1": a, "option2": b, "answer": str(answer + 1)}
+        row: Row = {
+            "sentence": f"{head.rsplit(' ', 1)[0]} _ {tail}",
+            "option1": a,
+            "option2": b,
+            "answer": str(answer + 1),
+        }
         if row not in rows:
             rows.append(row)
     return rows

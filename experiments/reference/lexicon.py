@@ -36,9 +36,7 @@ ROOMS = (
     "kitchen garden cellar attic bedroom office garage hall library studio pantry balcony "
     "workshop stable bathroom nursery"
 ).split()
-FOODS = (
-    "bread cheese soup rice honey fish cake beans pears nuts plums eggs salad butter onions grapes"
-).split()
+FOODS = ("bread cheese soup rice honey fish cake beans pears nuts plums eggs salad butter onions grapes").split()
 COLORS = "red blue green yellow white black brown purple orange pink gray silver".split()
 LINKS = "friend boss neighbor partner".split()
 
@@ -131,29 +129,58 @@ for _facts in FACTS.values():
 # relation: ([how it is told], [how it is asked]); e is who or what it is about, v the value
 WORDINGS: dict[str, tuple[list[str], list[str]]] = {
     "city": (
-        ["{e} lives in {v} .", "the home of {e} is {v} .", "{e} has a house in {v} .", "{v} is the city of {e} .",
-         "in {v} you can meet {e} ."],
-        ["where does {e} live ?", "what is the home of {e} ?", "in which city does {e} live ?",
-         "which city does {e} live in ?"],
+        [
+            "{e} lives in {v} .",
+            "the home of {e} is {v} .",
+            "{e} has a house in {v} .",
+            "{v} is the city of {e} .",
+            "in {v} you can meet {e} .",
+        ],
+        [
+            "where does {e} live ?",
+            "what is the home of {e} ?",
+            "in which city does {e} live ?",
+            "which city does {e} live in ?",
+        ],
     ),
     "job": (
-        ["{e} is a {v} .", "{e} works as a {v} .", "the job of {e} is {v} .", "as a {v} , {e} works hard .",
-         "the {v} is called {e} ."],
+        [
+            "{e} is a {v} .",
+            "{e} works as a {v} .",
+            "the job of {e} is {v} .",
+            "as a {v} , {e} works hard .",
+            "the {v} is called {e} .",
+        ],
         ["what is the job of {e} ?", "what does {e} work as ?", "which job does {e} have ?"],
     ),
     "pet": (
-        ["{e} has a {v} .", "the pet of {e} is a {v} .", "{e} keeps a {v} at home .", "a {v} belongs to {e} .",
-         "the {v} sleeps near {e} ."],
+        [
+            "{e} has a {v} .",
+            "the pet of {e} is a {v} .",
+            "{e} keeps a {v} at home .",
+            "a {v} belongs to {e} .",
+            "the {v} sleeps near {e} .",
+        ],
         ["what is the pet of {e} ?", "which pet does {e} have ?", "which animal does {e} keep ?"],
     ),
     "instrument": (
-        ["{e} plays the {v} .", "the instrument of {e} is the {v} .", "{e} owns a fine {v} .",
-         "on the {v} you can hear {e} .", "the {v} is played by {e} ."],
+        [
+            "{e} plays the {v} .",
+            "the instrument of {e} is the {v} .",
+            "{e} owns a fine {v} .",
+            "on the {v} you can hear {e} .",
+            "the {v} is played by {e} .",
+        ],
         ["what does {e} play ?", "what is the instrument of {e} ?", "which instrument does {e} play ?"],
     ),
     "food": (
-        ["{e} likes to eat {v} .", "the favorite food of {e} is {v} .", "{e} eats {v} every day .",
-         "{v} is what {e} likes .", "for dinner {e} wants {v} ."],
+        [
+            "{e} likes to eat {v} .",
+            "the favorite food of {e} is {v} .",
+            "{e} eats {v} every day .",
+            "{v} is what {e} likes .",
+            "for dinner {e} wants {v} .",
+        ],
         ["what does {e} like to eat ?", "what is the favorite food of {e} ?", "which food does {e} like ?"],
     ),
     "country": (
@@ -161,8 +188,12 @@ WORDINGS: dict[str, tuple[list[str], list[str]]] = {
         ["in which country is {e} ?", "what is the country of {e} ?", "which country does {e} lie in ?"],
     ),
     "river": (
-        ["the river of {e} is the {v} .", "the {v} flows through {e} .", "{e} lies on the river {v} .",
-         "through {e} flows the {v} ."],
+        [
+            "the river of {e} is the {v} .",
+            "the {v} flows through {e} .",
+            "{e} lies on the river {v} .",
+            "through {e} flows the {v} .",
+        ],
         ["which river flows through {e} ?", "what is the river of {e} ?", "on which river does {e} lie ?"],
     ),
     "goods": (

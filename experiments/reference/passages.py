@@ -105,9 +105,13 @@ class Notes:
 def notes_document(rng: Random, hard: float) -> str:
     """Notes with eight questions; the share of two- and three-step questions grows with `hard`."""
     notes = Notes(rng, people=rng.randint(2, 5), links=rng.randint(0, 5), attributes=rng.randint(1, 2))
-    pools = [(0.1 + 0.3 * hard, notes.through_link()), (0.1 + 0.3 * hard, notes.through_memory()), (1.0, notes.one_hop())]
+    pools = [
+        (0.1 + 0.3 * hard, notes.through_link()),
+        (0.1 + 0.3 * hard, notes.through_memory()),
+        (1.0, notes.one_hop()),
+    ]
     asked = draw_questions(rng, 8, pools)
-    return ' '.join([notes.text, *(ask(q, rng, spell_out=0.25) for q in asked)])
+    return " ".join([notes.text, *(ask(q, rng, spell_out=0.25) for q in asked)])
 
 
 class Passage:
@@ -155,27 +159,14 @@ class Passage:
         return found
 
 
-    def negated(self) -> list[Question]:
-        """Of two creatures, the one that is not so; none to ask where both are or there are not two."""
-        if len(self.rows) != 2:
-            return []
-        found = []
-        for this, other in (self.rows, reversed(self.rows)):
-            for key, asked in (("color", "which animal is not {v} ?"), ("habitat", "which animal does not live in the {v} ?"),
-                               ("diet", "which animal does not eat {v} ?")):  # fmt: skip
-                if this[key] != other[key]:
-                    found.append(Question(asked.format(v=other[key]), this["name"], "creature"))
-        return found
-
-
 PASSAGE_VALUES = {"color": COLORS, "habitat": HABITATS, "diet": DIETS, "size": SIZES, "class": CLASSES,
                   "creature": CREATURES}  # fmt: skip
 
 
 def passage_document(rng: Random, hard: float) -> str:
     """A passage about one to four creatures with seven questions."""
-    passage = Passage(rng, rng.choice([1, 2, 2, 2, 3, 4]))
-    asked = draw_questions(rng, 7, [(0.3 * hard, passage.negated()), (1.0, passage.questions())])
+    passage = Passage(rng, rng.randint(1, 4))
+    asked = draw_questions(rng, 7, [(1.0, passage.questions())])
     return f"{passage.text} {' '.join(ask(q, rng, 0) for q in asked)}"
 
 

@@ -9,8 +9,6 @@ from random import Random
 
 from .lexicon import CONTAINERS, NAMES, ROOMS, THINGS, held_out
 
-UNDONE = 0.12  # share of deeds that are told as not done
-
 
 @dataclass
 class Question:
@@ -79,9 +77,7 @@ class Story:
             deeds += ["carry", "carry"]
         deed = rng.choice(deeds)
         target = rng.choice([r for r in self.rooms if r != here])
-        if rng.random() < UNDONE:
-            self._tell(self._undone(deed, who, target, reach, held, boxes))
-        elif deed == "go":
+        if deed == "go":
             self._tell(f"{who} went to the {target} .")
             self.place[who] = target
             self.questions.append(Question(f"where was {who} before the {target} ?", here, "room"))
@@ -105,16 +101,6 @@ class Story:
             box = rng.choice(boxes)
             self._tell(f"{who} carried the {box} to the {target} .")
             self.place[who] = self.place[box] = target
-
-    def _undone(self, deed: str, who: str, target: str, reach: list[str], held: list[str], boxes: list[str]) -> str:
-        """A deed that was possible and was not done: it changes nothing."""
-        if deed == "take":
-            return f"{who} did not take the {self.rng.choice(reach)} ."
-        if deed == "carry":
-            return f"{who} did not carry the {self.rng.choice(boxes)} to the {target} ."
-        if deed == "put":
-            return f"{who} did not put the {self.rng.choice(held)} in the {self.rng.choice(boxes)} ."
-        return f"{who} did not go to the {target} ."
 
     def path(self, name: str) -> list[str]:
         """The facts that lead from a thing to its room, as sentences."""
@@ -230,9 +216,9 @@ def story_document(rng: Random, hard: float) -> str:
         told = [f"{head} {last} ." for head, last, _, _ in rng.sample(closings, min(len(closings), 4))]
         told += [ending for ending, _ in rng.sample(endings, min(len(endings), 2))]
         rng.shuffle(told)
-        return ' '.join([text, *told])
+        return " ".join([text, *told])
     questions = story.now() + rng.sample(story.questions, min(2, len(story.questions)))
     easy = [q for q in questions if q.hops == 1]
     deep = [q for q in questions if q.hops > 1]
     asked = draw_questions(rng, 8, [(0.15 + 0.5 * hard, deep), (1.0, easy)])
-    return ' '.join([text, *(ask(q, rng, spell_out=0.3) for q in asked)])
+    return " ".join([text, *(ask(q, rng, spell_out=0.3) for q in asked)])

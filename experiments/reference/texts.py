@@ -91,13 +91,11 @@ def physical_document(rng: Random, hard: float) -> str:
             parts.append(f"question : what is a {thing} like ? answer : {' '.join(PROPERTIES[thing])} .")
         elif draw < 0.35:
             parts.append(f"to {goal} you need a thing that is {need} .")
-        elif not serves and draw < 0.7:
-            parts.append(f"goal : do not {goal} . answer : use the {thing} .")
         elif serves:
             shape = rng.choice(["goal : {g} . answer : use the {t} .", "to {g} , use the {t} .",
                                 "with a {t} you can {g} ."])  # fmt: skip
             parts.append(shape.format(g=goal, t=thing))
-        elif draw < 0.8:
+        elif draw < 0.5:
             parts.append(f"a {thing} is not {need} , so it is not good to {goal} .")
         else:
             useful = [t for t, has in PROPERTIES.items() if need in has and not held_out("use", goal, t)]

@@ -40,7 +40,7 @@ from .tokenizer import BOS, CONTEXT, EOS, PAD, build_tokenizer, encode
 from .world import documents
 
 WIDTH, BLOCKS, HEADS = 192, 12, 8
-LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS, CURRICULUM = 1.5e-3, 0.1, 200, 0.15
+LEARNING_RATE, WARMUP_STEPS, CURRICULUM = 1.5e-3, 200, 0.15
 ROWS_PER_SHARD = 1600
 
 MODELS = ["ref_llama", "ref_opt", "ref_qwen2"]
@@ -100,14 +100,25 @@ def batches(name: str, seed: int, steps: int, batch: int, workers: int) -> Itera
     return islice(rows(), steps)
 
 
-def optimizer_of(model: PreTrainedModel, fused: bool) -> torch.optim.AdamW:
+def optimizer_of(model: PreTrainedModel, weight_decay: float, fused: bool) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=fused)
 
 
-def train(name: str, *, steps: int, batch: int, seed: int, device: str, workers: int, minutes: float, out: Path) -> None:
+def train(
+    name: str,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    weight_decay: float,
+    device: str,
+    workers: int,
+    minutes: float,
+    out: Path,
+) -> None:
     """Train, save the model and its record. `minutes` is a safety net: the schedule then ends early, and says so."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
@@ -116,7 +127,7 @@ def train(name: str, *, steps: int, batch: int, seed: int, device: str, workers:
     model = build_model(name, len(tokenizer))
     model.to(device)
     forward = torch.compile(model) if device == "cuda" else model
-    optimizer = optimizer_of(model, fused=device == "cuda")
+    optimizer = optimizer_of(model, weight_decay, fused=device == "cuda")
     curve: list[dict[str, float]] = []
     growth: list[dict[str, float]] = []
     started, begun, step = datetime.now(UTC), time.perf_counter(), 0
@@ -153,7 +164,7 @@ def train(name: str, *, steps: int, batch: int, seed: int, device: str, workers:
     record = {
         "model": name, "seed": seed, "steps": step, "planned_steps": steps, "cut_short": progress > 1,
         "batch": batch, "tokens": step * batch * CONTEXT, "learning_rate": LEARNING_RATE,
-        "weight_decay": WEIGHT_DECAY, "curriculum": CURRICULUM,
+        "weight_decay": weight_decay, "curriculum": CURRICULUM,
         "parameters": model.num_parameters(), "seconds": round(seconds, 1), "started": started.isoformat(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -180,6 +191,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=48, help=f"rows of {CONTEXT} tokens a step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=8, help="processes that write text")
     parser.add_argument("--minutes", type=float, default=10.0, help="at most this long")

@@ -1,6 +1,6 @@
 """The generated world as an endless stream of documents, and the words it is written in.
 
-    python -m experiments.reference.world --seed 1 --documents 5      # print some
+python -m experiments.reference.world --seed 1 --documents 5      # print some
 """
 
 import argparse
@@ -33,8 +33,8 @@ KINDS: dict[str, tuple[Callable[[Random, float], str], float]] = {
     "facts": (facts_document, 7),
     "fact questions": (facts_questions, 5),
     "two hops": (two_hop_document, 10),
-    "physical": (physical_document, 8),
-    "reasons": (reasons_document, 14),
+    "physical": (physical_document, 5),
+    "reasons": (reasons_document, 16),
     "lists": (list_document, 5),
     "sums": (sums_document, 5),
     "quiz": (quiz_document, 10),

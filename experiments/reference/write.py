@@ -1,6 +1,6 @@
 """Write the files that are committed: the items of the tasks and the texts for calibration and perplexity.
 
-    python -m experiments.reference.write
+python -m experiments.reference.write
 """
 
 import json
