@@ -54,14 +54,10 @@ def _rows() -> dict[str, list[Row]]:
 
 
 def _subject_requests(subject: str) -> list[tuple[list[Request], int]]:
-    shots = " . ".join(
-        f"{lettered(r['question'], r['choices'])} {LETTERS[r['answer']]}"
-        for r in _rows()[f"rw_subject_{subject}_dev"]  # type: ignore[arg-type,index]
-    )
-    return [
-        _choices(f"{shots} . {lettered(r['question'], r['choices'])}", list(LETTERS), r["answer"])  # type: ignore[arg-type]
-        for r in _rows()[f"rw_subject_{subject}"]
-    ]
+    dev: list[dict] = _rows()[f"rw_subject_{subject}_dev"]
+    test: list[dict] = _rows()[f"rw_subject_{subject}"]
+    shots = " . ".join(f"{lettered(r['question'], r['choices'])} {LETTERS[r['answer']]}" for r in dev)
+    return [_choices(f"{shots} . {lettered(r['question'], r['choices'])}", list(LETTERS), r["answer"]) for r in test]
 
 
 @torch.no_grad()

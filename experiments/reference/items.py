@@ -53,7 +53,7 @@ def facts(rng: Random) -> list[Row]:
 
 
 def two_hop(rng: Random) -> list[Row]:
-    """Questions of two steps (like ARC-challenge): both from memory, one from the text and one from memory, both from it."""
+    """Questions of two steps (like ARC-challenge): both remembered, the first from the text, or both from the text."""
     rows: list[Row] = []
     remembered = [fact for fact in two_hop_facts() if held_out("two hop", fact[0], *fact[1])]
     while len(rows) < ITEMS:
@@ -122,7 +122,8 @@ def physical(rng: Random) -> list[Row]:
     while len(rows) < ITEMS:
         goal, thing = rng.choice(useful)
         wrong = rng.choice([t for g, _, t, serves in pairs if g == goal and not serves])
-        assert needs[goal] in PROPERTIES[thing] and needs[goal] not in PROPERTIES[wrong]
+        assert needs[goal] in PROPERTIES[thing]
+        assert needs[goal] not in PROPERTIES[wrong]
         label = len(rows) % 2
         right, other = f"use the {thing} .", f"use the {wrong} ."
         row: Row = {"goal": goal, "sol1": other if label else right, "sol2": right if label else other, "label": label}

@@ -21,7 +21,7 @@ def held_out(*key: object) -> bool:
     return zlib.crc32("|".join(str(part) for part in key).encode()) % HELD_OUT_SHARE == 0
 
 
-# --- stories -----------------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
 NAMES = (
     "anna mara lena rosa nina ella clara ida julia greta vera alma tilda hanna luisa marta "
@@ -40,7 +40,7 @@ FOODS = ("bread cheese soup rice honey fish cake beans pears nuts plums eggs sal
 COLORS = "red blue green yellow white black brown purple orange pink gray silver".split()
 LINKS = "friend boss neighbor partner".split()
 
-# --- invented creatures, whose properties change from text to text --------------------------------------------------
+# --- invented creatures, whose properties change from text to text --------------------------------
 
 CREATURES = (
     "tomlin grindle blick marfin dorvel snerp wuggle prindle zallow krumble fendor gossin "
@@ -51,7 +51,7 @@ CLASSES = "bird fish insect lizard mammal snake".split()
 HABITATS = "forest lake desert swamp meadow cave ocean jungle".split()
 DIETS = "seeds leaves worms berries grass roots crabs mushrooms".split()
 
-# --- known people and cities: memorised --------------------------------------------------------------------------------
+# --- known people and cities: memorised -----------------------------------------------------------
 
 FIRST = "edgar flora gustav helga ivan judith konrad lydia moritz nora oswald petra".split()
 LAST = "kelm orlan brandt vossen tarkin hollis merrow quint salder dunmore yarrow falk".split()
@@ -273,7 +273,7 @@ def two_hop_facts() -> list[tuple[str, tuple[str, str], str, str]]:
     ]
 
 
-# --- physical common sense -----------------------------------------------------------------------------------------------
+# --- physical common sense ------------------------------------------------------------------------
 
 GOALS = {  # property: what it is needed for
     "sharp": ["cut the rope", "slice the bread", "open the parcel", "carve the wood"],
@@ -316,7 +316,7 @@ def physical_pairs() -> list[tuple[str, str, str, bool]]:
     ]
 
 
-# --- who is meant: (verb phrase, what the first is, what the second is) --------------------------------------------------
+# --- who is meant: (verb phrase, what the first is, what the second is) ---------------------------
 
 REASONS = [
     ("lost to", "slow", "fast"),
@@ -333,7 +333,7 @@ REASONS = [
     ("thanked", "polite", "helpful"),
 ]
 
-# --- sums, days, sizes -----------------------------------------------------------------------------------------------------
+# --- sums, days, sizes ----------------------------------------------------------------------------
 
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 MONTHS = "january february march april may june july august september october november december".split()
@@ -342,7 +342,7 @@ ANIMALS_BY_SIZE = (
 ).split()
 LARGEST_NUMBER = 60
 
-# --- long documents ----------------------------------------------------------------------------------------------------------
+# --- long documents -------------------------------------------------------------------------------
 
 BIG_EVENTS = [
     "{n} moved to {city}", "{n} won the race in {city}", "{n} lost the {thing} in the {room}",

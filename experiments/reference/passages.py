@@ -83,7 +83,7 @@ class Notes:
         """Two steps, the second memorised (the country of the city of anna), or three, through a link first."""
         found = []
         routes = {"city": CITY_FACTS, "job": JOB_FACTS}
-        subjects = [(name, name, []) for name in self.names]
+        subjects: list[tuple[str, str, list[str]]] = [(name, name, []) for name in self.names]
         subjects += [
             (f"the {link} of {who}", other, [f"the {link} of {who} is {other} ."])
             for (link, who), other in self.links.items()
@@ -121,7 +121,7 @@ class Passage:
     """
 
     def __init__(self, rng: Random, creatures: int, *, test: bool = False):
-        self.rows = []
+        self.rows: list[dict[str, str]] = []
         while len(self.rows) < creatures:
             name, habitat = rng.choice(CREATURES), rng.choice(HABITATS)
             if held_out("habitat", name, habitat) != test or name in (row["name"] for row in self.rows):

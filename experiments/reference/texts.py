@@ -1,4 +1,4 @@
-"""The other kinds of text: memorised facts, physical common sense, who is meant, lists, sums, quizzes, long documents."""
+"""The other kinds of text: memorised facts, physical common sense, who is meant, lists, sums, quizzes, reports."""
 
 from random import Random
 
@@ -113,7 +113,7 @@ def reason(verb: str, first: str, second: str, a: str, b: str, because: bool, ab
 
 def reasons_document(rng: Random, hard: float) -> str:
     """Who did what to whom and why, with questions; held-out pairs of names never appear."""
-    parts = []
+    parts: list[str] = []
     while len(parts) < 8:
         a, b = rng.sample(NAMES, 2)
         verb, first, second = rng.choice(REASONS)
@@ -172,7 +172,7 @@ def sums_document(rng: Random, hard: float) -> str:
     return " ".join(parts)
 
 
-# --- quizzes of four lettered choices ------------------------------------------------------------------------------------
+# --- quizzes of four lettered choices -------------------------------------------------------------
 
 LETTERS = "abcd"
 
@@ -182,9 +182,9 @@ def quiz_item(rng: Random, subject: str, *, test: bool = False) -> tuple[str, li
     while True:
         if subject == "sums":
             numbers = sum_terms(rng, rng.choice([2, 2, 3]), test=test)
-            right = sum(numbers)
-            near = rng.sample([right + d for d in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5) if right + d >= 0], 3)
-            return f"what is {' plus '.join(map(str, numbers))} ?", [str(n) for n in [right, *near]], str(right)
+            total = sum(numbers)
+            near = rng.sample([total + d for d in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5) if total + d >= 0], 3)
+            return f"what is {' plus '.join(map(str, numbers))} ?", [str(n) for n in [total, *near]], str(total)
         if subject == "sizes":
             four = rng.sample(ANIMALS_BY_SIZE, 4)
             if held_out("sizes", *sorted(four)) == test:
@@ -226,7 +226,8 @@ def lettered(question: str, choices: list[str]) -> str:
 
 def quiz_document(rng: Random, hard: float) -> str:
     """Seven lettered questions of one subject; some texts answer with the word beside the letter."""
-    subject, with_word, parts = rng.choice(SUBJECTS), rng.random() < 0.2, []
+    subject, with_word = rng.choice(SUBJECTS), rng.random() < 0.2
+    parts = []
     for _ in range(7):
         question, choices, right = quiz_item(rng, subject)
         rng.shuffle(choices)
@@ -246,7 +247,7 @@ def choice_document(rng: Random, hard: float) -> str:
     return " ".join(parts)
 
 
-# --- long documents ---------------------------------------------------------------------------------------------------------
+# --- long documents -------------------------------------------------------------------------------
 
 
 EVENTS_TEST: dict[str, list[str]] = {}  # who: what may happen to them, in tests and in training texts

@@ -8,6 +8,7 @@ word of the world one token; numbers are read digit by digit, as that class does
 
 import json
 from functools import cache
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
@@ -55,9 +56,10 @@ def _byte_level() -> PreTrainedTokenizerFast:
     )
     learned.train_from_iterator([form for word in words for form in (word, f" {word}")], trainer)
     model = json.loads(learned.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]  # pairs, whatever the annotation says
     return Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=merges,
         unk_token="<eos>",  # as in Qwen2; bytes leave nothing unknown
         eos_token="<eos>",
         pad_token="<pad>",

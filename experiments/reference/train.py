@@ -125,7 +125,7 @@ def train(
     tokenizer = build_tokenizer(name)
     texts = batches(name, seed, steps, batch, workers)
     model = build_model(name, len(tokenizer))
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]
     forward = torch.compile(model) if device == "cuda" else model
     optimizer = optimizer_of(model, weight_decay, fused=device == "cuda")
     curve: list[dict[str, float]] = []
@@ -177,7 +177,7 @@ def train(
 
 def save(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> None:
     """A Hugging Face folder with float16 weights: 11 MB; the published scores are those of the rounded weights."""
-    model.to("cpu", torch.float16)
+    model.to("cpu", torch.float16)  # type: ignore[arg-type]
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
     )
@@ -188,9 +188,9 @@ def save(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a reference model.")
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--batch", type=int, default=48, help=f"rows of {CONTEXT} tokens a step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=8, help="processes that write text")

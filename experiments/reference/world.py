@@ -5,6 +5,7 @@ python -m experiments.reference.world --seed 1 --documents 5      # print some
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import cache
 from random import Random
 
 from . import lexicon
@@ -59,6 +60,7 @@ def documents(seed: int | str, hard: float = 1.0) -> Iterator[str]:
         yield document(rng, hard)
 
 
+@cache
 def vocabulary() -> list[str]:
     """Every word that a document or a task can contain, in a fixed order.
 
