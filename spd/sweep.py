@@ -122,6 +122,9 @@ def compose(config: DictConfig) -> Sweep:
     """
     from spd import point
 
+    # ${now:...} is the time at which it is first resolved. Resolved here, it is one time for all: the points composed
+    # below and by Hydra inherit what this configuration has resolved.
+    folder = Path(str(config.hydra.sweep.dir))
     arguments = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     arguments += list(config.hydra.overrides.task)
     hydra = GlobalHydra.instance().hydra
@@ -135,15 +138,16 @@ def compose(config: DictConfig) -> Sweep:
     configs = []
     for one in overrides:
         composed = loader.load_sweep_config(config, one)
-        with_hydra = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        without_hydra = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        OmegaConf.copy_cache(from_config=composed, to_config=without_hydra)
         try:
-            configs.append(from_hydra(with_hydra))
+            configs.append(from_hydra(without_hydra))
         except UserError as error:
             which = f"The point {' '.join(one)}; none of the {len(overrides)} points was started."
             raise UserError(f"{error}\n({which})") from error
     for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
         point.check(distinct, here=_runs_here(config))
-    return Sweep(Path(str(config.hydra.sweep.dir)), overrides, configs)
+    return Sweep(folder, overrides, configs)
 
 
 def _runs_here(config: DictConfig) -> bool:

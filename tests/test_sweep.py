@@ -1,15 +1,18 @@
 """A sweep as a whole: checked before it starts, summed up after it ends, whatever its jobs did."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 from conftest import WORDS
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from spd import figures, tracking
 from spd.config import ROOT, to_dict
@@ -54,6 +57,23 @@ def test_every_point_is_composed_and_numbered_as_hydra_will(settings: list[str],
         sweep = compose_sweep(config)
     assert [(c.drop, c.parallel.tp_size) for c in sweep.configs] == [(0.0, 2), (0.0, 4), (0.5, 2), (0.5, 4)]
     assert sweep.folder == tmp_path / "runs" / "sweeps" / "mine"
+
+
+def test_a_sweep_without_a_name_has_one_name_for_its_folder_and_its_points(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = itertools.count()
+    later = SimpleNamespace(strftime=lambda pattern: f"second-{next(clock)}")
+    monkeypatch.setattr("hydra.core.utils.datetime", SimpleNamespace(now=lambda: later))
+    settings.remove("sweep=mine")
+    with multirun([*settings, "drop=0,0.5"]) as config:
+        sweep = compose_sweep(config)
+        given = GlobalHydra.instance().config_loader().load_sweep_config(config, sweep.overrides[1])
+    name = sweep.folder.name
+    assert name.startswith("second-")
+    assert sweep.folder == tmp_path / "runs" / "sweeps" / name
+    assert [c.sweep for c in sweep.configs] == [name, name]
+    assert (given.sweep, given.hydra.sweep.dir) == (name, str(sweep.folder)), "what Hydra gives its jobs"
 
 
 def test_an_experiment_s_sweep_is_overridden_by_the_command_line(settings: list[str]) -> None:
