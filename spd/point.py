@@ -296,10 +296,14 @@ def _file_digests(config: RunConfig, folder: Path) -> dict[str, str | None]:
     tasks = config.eval.include_path if config.eval.tasks else None
     return {
         "tokenizer": digest([file_digest(file) for file in texts]),
-        "calibration": file_digest(need_path(config.data.path, "data.path")),
-        "heldout": file_digest(need_path(config.data.heldout_path, "data.heldout_path")),
+        "calibration": _text_digest(need_path(config.data.path, "data.path")),
+        "heldout": _text_digest(need_path(config.data.heldout_path, "data.heldout_path")),
         "tasks": file_digest(need_path(tasks, "eval.include_path")) if tasks else None,
     }
+
+
+def _text_digest(file: Path) -> str:
+    return digest([file.suffix, file_digest(file)])  # .jsonl is read in another way than the same bytes as .txt
 
 
 def _load_samples(config: RunConfig, setting: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -171,6 +171,20 @@ def test_a_point_s_key_changes_with_what_determines_it(config: RunConfig, run: A
     assert run(config)["key"] != first
 
 
+def test_the_same_text_read_as_jsonl_is_another_point(config: RunConfig, run: Any, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": " ".join(WORDS[i:] + WORDS[:i])}) for i in range(5)]
+    keys, perplexities = set(), set()
+    for suffix in (".txt", ".jsonl"):
+        file = tmp_path / f"same{suffix}"
+        file.write_text("\n".join(lines))
+        config.data.path = config.data.heldout_path = str(file)
+        record = run(config)
+        assert record["status"] == "done"
+        keys.add(record["key"])
+        perplexities.add(record["perplexity"]["value"])
+    assert len(keys) == len(perplexities) == 2
+
+
 def test_a_point_s_key_does_not_change_with_what_does_not_matter(config: RunConfig, run: Any, tmp_path: Path) -> None:
     first = run(config)["key"]
     for name in ("calibration", "heldout"):
