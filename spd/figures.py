@@ -22,6 +22,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from spd.errors import UserError
+from spd.results import line_columns
 
 if TYPE_CHECKING:
     from spd.sensitivity import SensitivityReport
@@ -30,13 +31,20 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.")
-LINES = ("model", "tp_size", "strategy")
-"""What makes a line of its own: the points of one line differ in their drop fraction only."""
-
 Line = tuple[pd.DataFrame, dict[str, Any]]
 """The points of one line and how matplotlib shall draw it."""
 
-_NEEDED = (*LINES, "drop", "status", "accuracy_mean", "accuracy_mean_stderr", "perplexity", "ttft_speedup_percent")
+_NEEDED = (
+    "model",
+    "tp_size",
+    "strategy",
+    "drop",
+    "status",
+    "accuracy_mean",
+    "accuracy_mean_stderr",
+    "perplexity",
+    "ttft_speedup_percent",
+)
 _STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -70,8 +78,8 @@ def read_points(path: str | Path) -> pd.DataFrame:
 def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
     """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against drop fraction.
 
-    One line for each model, tp size and strategy. Points that failed are left out, and so is a panel for which nothing
-    was measured.
+    One line for each model, tp size, strategy and whatever else was swept over (`spd.results.line_columns`). Points
+    that failed are left out, and so is a panel for which nothing was measured.
 
     Args:
         points: rows as in points.csv (see `read_points`).
@@ -172,28 +180,35 @@ def plot_sensitivity(report: "SensitivityReport", path: str | Path, tau1: float 
         _save(figure, path)
 
 
-def _groups(points: pd.DataFrame) -> list[tuple[Any, ...]]:
-    return list(dict.fromkeys(points[list(LINES)].sort_values(list(LINES)).itertuples(index=False, name=None)))
-
-
 def _varying(points: pd.DataFrame) -> list[str]:
-    return [name for name in LINES if points[name].nunique() > 1]
+    return [name for name in line_columns(points) if points[name].nunique() > 1]
+
+
+def _words(name: str, value: Any) -> str:
+    """A column's value in a label: a name speaks for itself, a number does not."""
+    if name in ("model", "strategy"):
+        return str(value)
+    return f"tp {value}" if name == "tp_size" else f"{name}={value}"
 
 
 def _lines(points: pd.DataFrame) -> Iterator[Line]:
-    """Each line's points and how it looks: colour, marker and dashes tell models, tp sizes and strategies apart."""
-    looks: dict[str, Any] = {"color": COLOURS[0], "marker": MARKERS[0], "linestyle": DASHES[0]}
+    """Each line's points and how it looks: colour and marker tell apart what varies first, the dashes all the rest."""
     varying = _varying(points)
-    channels = dict(zip(varying, zip(looks, (COLOURS, MARKERS, DASHES), strict=True), strict=False))
-    places = {name: {value: i for i, value in enumerate(sorted(points[name].unique()))} for name in varying}
-    for group in _groups(points):
-        values = dict(zip(LINES, group, strict=True))
-        style = dict(looks)
-        for name, (look, choices) in channels.items():
-            style[look] = choices[places[name][values[name]] % len(choices)]
-        words = [f"tp {values[name]}" if name == "tp_size" else str(values[name]) for name in varying]
-        mask = np.logical_and.reduce([points[name] == value for name, value in values.items()])
-        yield points[mask], style | {"label": ", ".join(words)}
+    lines = sorted(set(points[varying].itertuples(index=False, name=None))) if varying else [()]
+    channels = (
+        ("color", COLOURS, slice(0, 1)),
+        ("marker", MARKERS, slice(1, 2)),
+        ("linestyle", DASHES, slice(2, None)),
+    )
+    for line in lines:
+        style: dict[str, Any] = {}
+        for look, choices, part in channels:
+            values = sorted({other[part] for other in lines})
+            style[look] = choices[values.index(line[part]) % len(choices)]
+        mask = np.ones(len(points), dtype=bool)
+        for name, value in zip(varying, line, strict=True):
+            mask &= points[name] == value
+        yield points[mask], style | {"label": ", ".join(map(_words, varying, line))}
 
 
 def _draw(axes: Axes, line: pd.DataFrame, x: str, y: str, style: dict[str, Any]) -> None:
@@ -219,8 +234,7 @@ def _label_quality(axes: Axes, name: str, values: pd.Series) -> None:
 
 
 def _title(points: pd.DataFrame) -> str:
-    constant = {name: points[name].iloc[0] for name in LINES if name not in _varying(points)}
-    words = [f"tp {value}" if name == "tp_size" else str(value) for name, value in constant.items()]
+    words = [_words(name, points[name].iloc[0]) for name in line_columns(points) if name not in _varying(points)]
     return "Dropping sync points" + (f": {', '.join(words)}" if words else "")
 
 

@@ -236,14 +236,61 @@ def _git(*command: str) -> str | None:
 def to_frame(records: list[Record]) -> "pd.DataFrame":
     """points.csv as a table: one row a record; what was not measured is missing, never 0.
 
-    Columns: model, tp_size, strategy, drop, num_dropped, dropped_blocks (space-separated), perplexity, accuracy_mean,
-    accuracy_mean_stderr, <task>, <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and likewise tpot_ms,
-    ttft_speedup_percent, tpot_speedup_percent, then status, error, key.
+    Columns: model, tp_size, strategy, what else of the configuration tells the records apart (under its setting's name,
+    as strategy.order; usually nothing; see `line_columns`), drop, num_dropped, dropped_blocks (space-separated),
+    perplexity, accuracy_mean, accuracy_mean_stderr, <task>, <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and
+    likewise tpot_ms, ttft_speedup_percent, tpot_speedup_percent, then status, error, key.
     """
     import pandas as pd  # slow to import, and a refused configuration should not wait for it
 
     tasks = list(dict.fromkeys(task for record in records for task in (record.get("accuracy") or {}).get("tasks", {})))
-    return pd.DataFrame([_row(record, tasks) for record in records])
+    frame = pd.DataFrame([_row(record, tasks) for record in records])
+    for name, values in _other_settings(records, frame[["model", "tp_size", "strategy"]]).items():
+        frame.insert(frame.columns.get_loc("drop"), name, values)
+    return frame
+
+
+def line_columns(points: "pd.DataFrame") -> list[str]:
+    """The columns of `to_frame` whose values make a line of its own: its points differ in their drop fraction only."""
+    return list(points.columns[: list(points.columns).index("drop")])
+
+
+# What does not change a number, and what has a column of its own.
+_NO_COLUMN = ("drop", "sweep", "output_dir", "parallel.port", "latency.timeout_s", "tracker.")
+
+
+def _other_settings(records: list[Record], known: "pd.DataFrame") -> dict[str, list[Any]]:
+    """The settings that vary over the records beyond what the known columns, and those found before, say already.
+
+    So a model's path is no column where its name tells as much. Values are all numbers, or else texts as an override
+    has them, so that they come back from the CSV as they were.
+    """
+    settings = [_flat(record["config"]) for record in records]
+    found: dict[str, list[Any]] = {}
+    said = list(known.itertuples(index=False, name=None))
+    for name in dict.fromkeys(name for one in settings for name in one if not name.startswith(_NO_COLUMN)):
+        values = [one.get(name) for one in settings]
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            values = [_as_override(value) for value in values]
+        more = [(*before, value) for before, value in zip(said, values, strict=True)]
+        if len(set(more)) > len(set(said)):
+            found[name], said = values, more
+    return found
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _as_override(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_override, value))}]"
+    # Not "null", which a reader of the CSV would take for a gap.
+    return "none" if value is None else str(value)
 
 
 def _row(record: Record, tasks: list[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from spd.compose import HydraError, explain, from_hydra
 from spd.config import RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
-from spd.results import Record, is_disk_full, read_record, to_frame, write_json, write_text
+from spd.results import Record, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
 
 POINTS_FILE = "points.json"
 POINTER_FILE = "point.json"
@@ -87,9 +87,11 @@ class Sweep:
                 if is_disk_full(error):
                     raise
                 console.print(f"Warning: {what} failed ({type(error).__name__}: {error}).", markup=False)
-        for record in records:
-            if record["status"] != "done":
-                console.print(f"Failed: drop {record['config']['drop']:g}: {record['error']}", markup=False)
+        frame = to_frame(records)
+        which = [name for name in line_columns(frame) if frame[name].nunique() > 1] + ["drop"]
+        for _, row in frame[frame["status"] != "done"].iterrows():
+            point = ", ".join(f"{name} {row[name]}" for name in which)
+            console.print(f"Failed: {point}: {row['error']}", markup=False)
         curve = f"  Curve: {png}" if png.exists() else ""
         print(f"{len(done)} of {len(records)} points are done. Table: {csv}{curve}")
         return len(done) == len(records)
@@ -175,9 +177,9 @@ def print_table(records: list[Record], title: str | None = None) -> None:
     """Records in the terminal: what dropping costs, what it buys, how sure that is."""
     frame = to_frame(records)
     table = Table(title=title, title_justify="left")
-    varying = [name for name in ("model", "tp_size", "strategy") if frame[name].nunique() > 1]
+    varying = [name for name in line_columns(frame) if frame[name].nunique() > 1]
     for name in [*varying, "drop", "blocks", "accuracy", "perplexity", "TTFT ms", "TPOT ms", "TTFT speed-up", "status"]:
-        table.add_column(name, justify="left" if name in ("model", "strategy", "status") else "right")
+        table.add_column(name, justify="left" if name in (*varying, "status") else "right")
     for _, row in frame.iterrows():
         table.add_row(
             *[str(row[name]) for name in varying],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd.config import RunConfig, Tracker, to_dict
-from spd.results import Record, digest, to_frame
+from spd.results import Record, digest, line_columns, to_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,10 +98,12 @@ def numbers(record: Record) -> dict[str, float]:
 
 
 def _line_chart(points: "pd.DataFrame", x: str, y: str, title: str) -> Any:
-    """W&B's own line chart of y against x, one line for each model, tp size and strategy; None without two points."""
+    """W&B's own line chart of y against x, one line for each line of the figure; None without two points."""
     import wandb
 
     lines = points["model"] + " tp" + points["tp_size"].astype(str) + " " + points["strategy"]
+    for name in line_columns(points)[3:]:
+        lines += f" {name}=" + points[name].astype(str)
     drawn = points.assign(line=lines)[[x, y, "drop", "line"]]
     drawn = drawn.loc[:, ~drawn.columns.duplicated()].dropna(subset=[x, y]).sort_values(["line", x])
     if len(drawn) < 2:

@@ -1,5 +1,6 @@
 """Figures of made-up sweeps: every shape of sweep can be drawn, and from the CSV as from memory."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,24 @@ def with_a_failed_point() -> pd.DataFrame:
     return points
 
 
+def with_settings(**values: list[Any]) -> pd.DataFrame:
+    """A sweep over further settings, in columns as `to_frame` puts them."""
+    parts = []
+    for one in itertools.product(*values.values()):
+        part = make_points()
+        for name, value in zip(values, one, strict=True):
+            part.insert(part.columns.get_loc("drop"), name, value)
+        parts.append(part)
+    return pd.concat(parts)
+
+
 SWEEPS: dict[str, pd.DataFrame] = {
     "one line": make_points(),
     "one point": make_points(drops=(0.0,)),
     "nine lines": pd.concat([make_points(model, tp) for model in ("a", "b", "c") for tp in (2, 4, 8)]),
     "two tp sizes, the same latency": pd.concat([make_points(tp_size=2), make_points(tp_size=2).assign(tp_size=4)]),
+    "two orders": with_settings(**{"strategy.order": ["suffix", "alone"]}),
+    "five settings": with_settings(seed=[0, 1], a=["none", "x"], b=[0.05, 1.0], c=[1, 2], d=["[]", "[a,b]"]),
     "no latency": without(make_points(), "ttft"),
     "latency without intervals": without(make_points(), "ttft_speedup_percent_"),
     "latency of some points": pd.concat([make_points(), without(make_points(tp_size=2), "ttft")]),
@@ -79,7 +93,9 @@ def test_any_sweep_can_be_drawn(name: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["curve.png"]
 
 
-@pytest.mark.parametrize("name", ["one line", "no latency", "a failed point", "nine lines"])
+@pytest.mark.parametrize(
+    "name", ["one line", "no latency", "a failed point", "nine lines", "two orders", "five settings"]
+)
 def test_the_figure_can_be_drawn_again_from_the_csv(name: str, tmp_path: Path) -> None:
     points = SWEEPS[name]
     points.to_csv(tmp_path / "points.csv", index=False)
@@ -103,6 +119,16 @@ def test_every_line_looks_different_and_its_label_says_what_differs() -> None:
     assert len({look(style) for _, style in lines}) == 9
     assert [style["label"] for _, style in lines][:3] == ["a, tp 2", "a, tp 4", "a, tp 8"]
     assert all(len(points) == len(DROPS) for points, _ in lines)
+
+
+def test_whatever_a_sweep_was_over_parts_its_lines() -> None:
+    lines = list(_lines(SWEEPS["two orders"]))
+    assert [style["label"] for _, style in lines] == ["strategy.order=alone", "strategy.order=suffix"]
+    assert [set(points["strategy.order"]) for points, _ in lines] == [{"alone"}, {"suffix"}]
+    assert lines[0][1]["color"] != lines[1][1]["color"]
+    labels = [style["label"] for _, style in _lines(SWEEPS["five settings"])]
+    assert len(set(labels)) == 32
+    assert labels[0] == "seed=0, a=none, b=0.05, c=1, d=[]"
 
 
 def test_nothing_to_draw_is_a_user_error(tmp_path: Path) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from spd.results import FORMAT, Results, environment, file_digest, is_disk_full, to_frame, write_json, write_text
+from spd.results import (
+    FORMAT,
+    Results,
+    environment,
+    file_digest,
+    is_disk_full,
+    line_columns,
+    to_frame,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -165,6 +175,35 @@ def test_a_table_has_gaps_where_nothing_was_measured(tmp_path: Path) -> None:
     assert (second["model"], second["status"], second["error"]) == ("tiny", "failed", "a, comma")
     assert list(frame.columns[:6]) == ["model", "tp_size", "strategy", "drop", "num_dropped", "dropped_blocks"]
     assert list(frame.columns[-3:]) == ["status", "error", "key"]
+
+
+def test_settings_that_vary_tell_the_rows_of_a_table_apart(tmp_path: Path) -> None:
+    def record(**settings: Any) -> dict[str, Any]:
+        made = make_record()
+        made["config"] = json.loads(json.dumps(made["config"])) | {"sweep": "x", "seed": 0} | settings.pop("top", {})
+        made["config"]["strategy"] |= {"order": "suffix"} | settings
+        return made
+
+    same = [record(top={"drop": drop, "sweep": f"s{drop}", "output_dir": f"o{drop}"}) for drop in (0.0, 1.0)]
+    assert line_columns(to_frame(same)) == ["model", "tp_size", "strategy"]
+
+    orders = [record(order=order, top={"seed": seed}) for order in ("suffix", "alone") for seed in (0, 1)]
+    frame = to_frame(orders)
+    assert line_columns(frame) == ["model", "tp_size", "strategy", "strategy.order", "seed"]
+    assert frame["strategy.order"].tolist() == ["suffix", "suffix", "alone", "alone"]
+
+    limits = [
+        record(top={"eval": {"name": f"e{limit}", "limit": limit, "tasks": tasks}})
+        for limit in (None, 100)
+        for tasks in ([], ["a", "b"])
+    ]
+    frame = to_frame(limits)
+    assert line_columns(frame)[3:] == ["eval.name", "eval.tasks"], "the limit says no more than the name"
+    assert frame["eval.tasks"].tolist() == ["[]", "[a,b]"] * 2
+    for one in limits:
+        del one["config"]["eval"]["name"]
+    to_frame(limits).to_csv(tmp_path / "points.csv", index=False)
+    assert pd.read_csv(tmp_path / "points.csv")["eval.limit"].tolist() == ["none", "none", "100", "100"]
 
 
 def test_the_environment_says_what_the_numbers_were_made_with() -> None:

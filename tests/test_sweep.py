@@ -197,6 +197,20 @@ def test_a_figure_that_fails_does_not_lose_the_table(
     assert "the curve failed (RuntimeError: no fonts)" in capsys.readouterr().err
 
 
+def test_points_that_differ_in_any_setting_can_be_told_apart(settings: list[str], capsys: Any) -> None:
+    with multirun([*settings, "strategy.order=suffix,alone", "drop=0,1"]) as config:
+        sweep = compose_sweep(config)
+    sweep.begin()
+    for number in range(3):
+        finish_job(sweep, number)
+    sweep.finish()
+    frame = pd.read_csv(sweep.folder / "points.csv")
+    assert frame["strategy.order"].tolist() == ["suffix", "suffix", "alone", "alone"]
+    shown = capsys.readouterr()
+    assert "strategy.order" in shown.out
+    assert "Failed: strategy.order alone, drop 1.0: its job left no record" in shown.err
+
+
 def test_the_printed_table_names_what_varies(sweep: Sweep, capsys: Any) -> None:
     records = [make_record(sweep, number) for number in range(2)]
     records[1]["config"]["parallel"]["tp_size"] = 8
