@@ -1,6 +1,6 @@
 """The picture of the model card, from the committed records: loss while training, and accuracy as blocks are dropped.
 
-    python -m experiments.reference.card      # writes curve.png
+python -m experiments.reference.card      # writes curve.png
 """
 
 import json
@@ -37,7 +37,7 @@ def draw() -> None:
             linewidth=1.2,
             capsize=2,
         )
-    left.set(xlabel="step (48 × 512 tokens)", ylabel="training loss (nats a token)", ylim=(0.5, 1.6))
+    left.set(xlabel="step (24,576 tokens)", ylabel="training loss (nats a token)", ylim=(0.5, 1.6))
     right.set(xlabel="dropped blocks of 12, least sensitive first, tp 8", ylabel="zero-shot mean (%)", ylim=(45, 100))
     left.legend(frameon=False)
     figure.savefig(HERE / "curve.png", dpi=150)
