@@ -13,12 +13,14 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from spd.errors import UserError
+from spd.families import check_known
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"]
+_FLOATS = ("F32", "F16", "BF16")
 _PICKLED = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
@@ -76,11 +78,14 @@ class Checkpoint:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, str] = {}
         for file in _weight_files(folder):
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                     self._files[name] = file
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    stored = tensors.get_slice(name)
+                    self.shapes[name] = tuple(stored.get_shape())
+                    self._types[name] = stored.get_dtype()
 
     @property
     def config(self) -> PretrainedConfig:
@@ -88,10 +93,10 @@ class Checkpoint:
         return read_config(self.folder)
 
     def expect(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Checks that every tensor the model needs is there with its shape.
+        """Checks that every tensor the model needs is there with its shape, as floating point numbers.
 
         Raises:
-            UserError: naming the first tensor that is missing or has another shape, and how many more there are.
+            UserError: naming the first tensor that is not, and how many there are.
         """
         missing = sorted(name for name in shapes if not self.has(name))
         if missing:
@@ -104,6 +109,14 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: {len(wrong)} tensors do not fit config.json; {name!r} is "
                 f"{list(self.shapes[self._stored(name)])} in the file and {list(shapes[name])} by the config."
+            )
+
+        odd = sorted(name for name in shapes if self._types[self._stored(name)] not in _FLOATS)
+        if odd:
+            stored = self._types[self._stored(odd[0])]
+            raise UserError(
+                f"{self.folder}: {len(odd)} tensors are stored as {stored}, {odd[0]!r} first; "
+                "quantised weights are not supported, give the float32, float16 or bfloat16 original."
             )
 
     def has(self, name: str) -> bool:
@@ -137,9 +150,21 @@ class Checkpoint:
 def read_config(folder: Path) -> PretrainedConfig:
     """The Hugging Face config of a folder, without running code from it."""
     try:
+        # First by ourselves: of a family that transformers does not know either, it would only say just that.
+        check_known(json.loads((folder / "config.json").read_text()).get("model_type"))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from error
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, without running code from it; UserError when its files are no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"The tokenizer in {folder} cannot be used: {error}") from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -155,12 +180,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def parse_dtype(dtype: "str | torch.dtype | None", config: PretrainedConfig) -> torch.dtype:
-    """`float32`, `float16`, `bfloat16` or a torch dtype; None is the checkpoint's own."""
+    """`float32`, `float16`, `bfloat16` or the torch dtype of that name; None is the checkpoint's own."""
     if dtype is None:
         dtype = config.dtype or torch.float32
     if isinstance(dtype, str):
         dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype, dtype)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"dtype {dtype!r} is not known; write float32, float16 or bfloat16.")
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -172,8 +197,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index} is not a weight index ({error}); copy or download it again.") from error
-        return sorted({folder / Path(file).name for file in weight_map.values()})
+        return sorted({folder / Path(weight_map[name]).name for name in weight_map})
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))

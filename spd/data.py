@@ -31,7 +31,7 @@ def load_samples(
     path = Path(path)
     documents = _read_documents(path)
     if not documents:
-        raise UserError(f"{path} holds no text to calibrate on; give a file with one document a line.")
+        raise UserError(f"{path} holds no text; give a file with one document a line.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # A whole file is longer than any context, and the tokenizer would warn of that.
     encoded = tokenizer(documents, verbose=False)["input_ids"]
@@ -48,12 +48,16 @@ def load_samples(
 
 def _read_documents(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines(), which also splits at characters that may stand inside a document.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The calibration text {path} cannot be read: {error}") from error
+        raise UserError(f"The text {path} cannot be read: {error}") from error
     if path.suffix != ".jsonl":
         return lines
     try:
-        return [json.loads(line)["text"] for line in lines]
+        documents = [json.loads(line)["text"] for line in lines]
+        if not all(isinstance(document, str) for document in documents):
+            raise TypeError("a text is no string")
+        return documents
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} must hold one JSON object with a "text" field a line: {error}') from error

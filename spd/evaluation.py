@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spd.errors import UserError
 from spd.model import TensorParallelLM
+from spd.ranks import VirtualRanks
 
 MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score")
 """The metric that stands for a task, the first of these it reports; a task's other metrics are kept beside it."""
@@ -98,7 +99,7 @@ def evaluate(
     """Scores the model, with the blocks it has dropped, on lm-eval tasks.
 
     Args:
-        model: virtual ranks, or real ones with this called on every rank alike.
+        model: with virtual ranks.
         tasks: names of tasks or groups.
         include_path: folder of task YAMLs beside lm-eval's own.
         limit: the first so many items of each task; None is all.
@@ -113,8 +114,10 @@ def evaluate(
         equally and takes their errors as independent.
 
     Raises:
-        UserError: an unknown task, or one that reports none of the main metrics.
+        UserError: an unknown task, one that reports none of the main metrics, or a model of real ranks.
     """
+    if not isinstance(model.ranks, VirtualRanks):
+        raise UserError("lm-eval gives results to local rank 0 alone; evaluate with ranks='virtual'.")
     manager = task_manager(tasks, include_path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     results = simple_evaluate(
@@ -141,17 +144,18 @@ def evaluate(
 def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
     # lm-eval names a number "metric,filter" and its error "metric_stderr,filter".
     raw = results["results"].get(task, {}) | results.get("groups", {}).get(task, {})
-    metrics = {key.partition(",")[0]: value for key, value in raw.items() if isinstance(value, float)}
-    main = next((name for name in MAIN_METRICS if name in metrics), None)
+    metrics = {key.removesuffix(",none"): value for key, value in raw.items() if isinstance(value, float)}
+    main = next((key for name in MAIN_METRICS for key in metrics if key.partition(",")[0] == name), None)
     if main is None:
         raise UserError(
             f"The task {task!r} reports none of {', '.join(MAIN_METRICS)}, but {', '.join(sorted(metrics))}."
         )
+    name, *filters = main.split(",")
     members = results.get("group_subtasks", {}).get(task) or [task]
     return {
         "metric": main,
         "value": metrics[main],
-        "stderr": metrics.get(f"{main}_stderr"),
+        "stderr": metrics.get(",".join([f"{name}_stderr", *filters])),
         "items": sum(results["n-samples"][member]["effective"] for member in members),
         "metrics": metrics,
     }

@@ -87,16 +87,26 @@ FAMILIES: dict[str, Family] = {
 """`model_type` of the Hugging Face config -> its row."""
 
 
+def check_known(model_type: str | None) -> None:
+    """Raises UserError, with the families there are and how to add one, unless the table has the family."""
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"The model family {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}. "
+            "A pre-norm decoder is added by one row in spd/families.py that names its norms and linear layers."
+        )
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The row of a model's architecture.
 
     Raises:
         UserError: the family is not in the table, or the checkpoint uses a variant the method is not defined for.
     """
-    if config.model_type not in FAMILIES:
+    check_known(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"The model family {config.model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}. "
-            "A pre-norm decoder is added by one row in spd/families.py that names its norms and linear layers."
+            "This checkpoint is quantised (quantization_config in its config.json), and its scales would be ignored; "
+            "give the float32, float16 or bfloat16 original."
         )
     if config.model_type == "opt" and not config.do_layer_norm_before:
         raise UserError(

@@ -14,7 +14,6 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     DynamicLayer,
     GenerationConfig,
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from spd.block import Block
-from spd.checkpoint import Checkpoint, fingerprint, parse_dtype, read_config, resolve
+from spd.checkpoint import Checkpoint, fingerprint, parse_dtype, read_config, read_tokenizer, resolve
 from spd.errors import UserError
 from spd.families import Family, family_of
 from spd.plan import PLAN_FILE, DropPlan
@@ -59,7 +58,11 @@ def load(
     family = family_of(config)
     plan = DropPlan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None and tp_size not in (None, plan.tp_size):
-        raise UserError(f"{folder} was prepared for tp_size={plan.tp_size}, not {tp_size}; prepare the original again.")
+        if plan.dropped:
+            raise UserError(
+                f"{folder} was prepared for tp_size={plan.tp_size}, not {tp_size}; prepare the original again."
+            )
+        plan = None  # nothing was done to the model
     if tp_size is None:
         tp_size = plan.tp_size if plan else 1
     check_tp_size(family, config, tp_size)
@@ -80,7 +83,10 @@ def load(
 def _device(device: str | torch.device | None, ranks: str) -> torch.device:
     if device is None:
         device = "cuda" if ranks == "processes" and torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device!r} is not known; write cpu, cuda or cuda:1.") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device='cuda' but torch sees no GPU here; write device='cpu'.")
@@ -140,16 +146,12 @@ class TensorParallelLM(nn.Module):
         self.cuts = [Cut.of_rank(self.family, self.config, self.tp_size, rank) for rank in self.ranks.local]
         layer_type = type(self.decoder.layers[0])
         reader = BlockReader(checkpoint, self.family, self.hf.config, layer_type, self.cuts, dtype, device)
-        self.decoder.layers = nn.ModuleList(
-            Block(
-                reader.shards(block),
-                self.family,
-                self.ranks,
-                attention_bias=reader.bias(block, self.family.attention_output),
-                mlp_bias=reader.bias(block, self.family.mlp_output),
-            )
-            for block in range(self.num_blocks)
-        )
+        blocks = []
+        for i in range(self.num_blocks):
+            shards, biases = reader.read(i)
+            biases_of = biases.get("attention_output"), biases.get("mlp_output")
+            blocks.append(Block(shards, self.family, self.ranks, *biases_of))
+        self.decoder.layers = nn.ModuleList(blocks)
         if len(self.cuts) > 1:
             for block in self.blocks:
                 block.register_forward_pre_hook(self._make_room_in_cache, with_kwargs=True)
@@ -193,11 +195,11 @@ class TensorParallelLM(nn.Module):
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        return read_tokenizer(self.folder)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the checkpoint the model was loaded from."""
+        """SHA-256 of the checkpoint the model was loaded from; reads all of its files."""
         return fingerprint(self.folder)
 
     @property
@@ -216,6 +218,8 @@ class TensorParallelLM(nn.Module):
             raise UserError(f"There is no block {strangers[0]}; this model's blocks are 0 to {self.num_blocks - 1}.")
         for i, block in enumerate(self.blocks):
             block.dropped = i in blocks
+        if self.plan is not None and tuple(self.plan.dropped) != self.dropped:
+            self.plan = None  # it no longer says what the model is
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; `attention_mask` [B, T] has 0 at padding, on either side."""
@@ -250,23 +254,29 @@ class TensorParallelLM(nn.Module):
         return self.hf.get_output_embeddings()(x)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Token ids [B, T + new]; greedy unless `do_sample=True`. Options are those of Hugging Face's `generate`."""
+        """Token ids [B, T + new]; greedy unless `do_sample=True`. Options are those of Hugging Face's `generate`.
+
+        Raises:
+            UserError: sampling with one rank a process.
+        """
+        if options.get("do_sample") and not isinstance(self.ranks, VirtualRanks):
+            raise UserError("Real ranks would each draw another token; sample with ranks='virtual', or greedily.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         options = {"do_sample": False} | options
         return self.hf.generate(input_ids, attention_mask=attention_mask, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes an ordinary Hugging Face checkpoint of unchanged shapes, its tokenizer, and the plan if there is one.
+        """Writes an ordinary Hugging Face checkpoint of unchanged shapes, its tokenizer, and the plan `load` goes by.
 
         Raises:
-            UserError: the folder holds something already, or this process has only its own rank's shard.
+            UserError: the path is a file or a folder that holds something, or this process has one rank's shard only.
         """
         target = Path(folder)
         if not isinstance(self.ranks, VirtualRanks):
             raise UserError("This process holds one rank's shard only; load with ranks='virtual' to save the model.")
-        if target.exists() and any(target.iterdir()):
-            raise UserError(f"{target} is not empty; give a new folder.")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} is a file or not empty; give a new folder.")
         partial = target.with_name(f".{target.name}.partial")  # renamed when complete: no half-written model
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -275,8 +285,7 @@ class TensorParallelLM(nn.Module):
             self.hf.config.save_pretrained(partial)
             self.hf.generation_config.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
-            if self.plan is not None:
-                self.plan.save(partial / PLAN_FILE)
+            (self.plan or DropPlan.by_hand(self)).save(partial / PLAN_FILE)
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

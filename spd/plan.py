@@ -49,13 +49,29 @@ class DropPlan:
     treatment: dict[int, str]
     """Dropped block -> what is done to it: "zs"."""
     classes: dict[int, str]
-    """Every block -> ISB, SB or ESB."""
-    tau1: float
-    tau2: float
-    order: str
-    """The sensitivity measure the blocks were ranked by."""
+    """Every block -> ISB, SB or ESB; empty for blocks dropped by hand."""
+    tau1: float | None
+    tau2: float | None
+    order: str | None
+    """The sensitivity measure the blocks were ranked by; None, like the thresholds, for blocks dropped by hand."""
     source: ModelIdentity
     format: int = field(default=1)
+
+    @classmethod
+    def by_hand(cls, model: "TensorParallelLM") -> "DropPlan":
+        """What a model is whose blocks were dropped with `model.drop` instead of by a plan."""
+        return cls(
+            tp_size=model.tp_size,
+            strategy="zs",
+            drop=len(model.dropped) / model.num_blocks,
+            dropped=list(model.dropped),
+            treatment=dict.fromkeys(model.dropped, "zs"),
+            classes={},
+            tau1=None,
+            tau2=None,
+            order=None,
+            source=ModelIdentity.of(model),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

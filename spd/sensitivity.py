@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spd.errors import UserError
 from spd.model import TensorParallelLM
-from spd.perplexity import next_token_loss
+from spd.perplexity import next_token_loss, to_perplexity
 from spd.plan import ModelIdentity
 
 Progress = Callable[[int, int], None]
@@ -74,7 +74,7 @@ class SensitivityReport:
         floor = self.dense_perplexity / 1000
         values = sorted(math.log(max(s, floor)) for s in self.sensitivities)
         gaps = sorted(((b - a, (a + b) / 2) for a, b in itertools.pairwise(values) if b > a), reverse=True)[:2]
-        middles = sorted(math.exp(middle) for _, middle in gaps) or [math.exp(values[-1])]
+        middles = sorted(math.exp(middle) for _, middle in gaps) or [max(floor, *self.sensitivities)]
         return middles[0], middles[-1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,9 +128,10 @@ def measure_sensitivity(
         samples: token ids [S, T], unpadded, T >= 2.
         order: "suffix" (Algorithm 1), "alone" or "front".
         batch_size: samples at a time.
+        on_progress: called with (models evaluated, models to evaluate), counted over batches.
 
     Raises:
-        UserError: unknown order, no samples, or samples of fewer than two tokens.
+        UserError: unknown order, no samples, samples of fewer than two tokens, or a loss that is no number.
     """
     if order not in ORDERS:
         raise UserError(f"order={order!r} is not known; write one of {', '.join(ORDERS)}.")
@@ -159,7 +160,7 @@ def measure_sensitivity(
                 if on_progress:
                     on_progress(next(steps), len(batches) * (last + 1))
     tokens = samples.shape[0] * (samples.shape[1] - 1)
-    ppl = torch.exp(loss / tokens).tolist()
+    ppl = [to_perplexity(total, tokens) for total in loss.tolist()]
     sensitivities, dense = _differences(order, ppl)
     return SensitivityReport(order, model.tp_size, sensitivities, dense, tokens, ModelIdentity.of(model))
 

@@ -59,7 +59,7 @@ class Cut:
         """Rank `i` takes heads `[iH/N, (i+1)H/N)`, the key/value heads these attend to, and as much of the MLP."""
         heads, kv_heads = family.heads(config)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        first, last = rank * heads // tp_size, (rank + 1) * heads // tp_size
+        first, last = _share(heads, tp_size, rank)
         group = heads // kv_heads
         return cls(
             family,
@@ -125,14 +125,15 @@ class BlockReader:
         self.checkpoint, self.family, self.config, self.layer_type = checkpoint, family, config, layer_type
         self.cuts, self.dtype, self.device = cuts, dtype, device
 
-    def shards(self, block: int) -> list[nn.Module]:
-        """The layer of every local rank, holding that rank's slices only.
+    def read(self, block: int) -> tuple[list[nn.Module], dict[Kind, nn.Parameter]]:
+        """The layer of every local rank with that rank's slices only, and the output biases [D] there are, by kind.
 
         Ranks that hold the same slice (norms, repeated key/value heads) share one parameter. The cache slot of local
         rank `r` is `block + r L`: slot 0 to L-1 is what Hugging Face expects of an ordinary model.
         """
         read: dict[tuple[str, Span | None], nn.Parameter] = {}
-        shards = []
+        shards: list[nn.Module] = []
+        biases: dict[Kind, nn.Parameter] = {}
         for position, cut in enumerate(self.cuts):
             with torch.device("meta"):
                 layer = self.layer_type(self.config, layer_idx=block)
@@ -142,10 +143,12 @@ class BlockReader:
                 module = layer.get_submodule(module_name)
                 if is_output(kind) and leaf == "bias":
                     module.register_parameter("bias", None)
+                    if kind not in biases:
+                        biases[kind] = self._parameter(f"{self._prefix(block)}{name}", "whole", None)
                     continue
                 key = (name, cut.span(kind))
                 if key not in read:
-                    read[key] = self._parameter(f"{self.prefix(block)}{name}", kind, key[1])
+                    read[key] = self._parameter(f"{self._prefix(block)}{name}", kind, key[1])
                 module.register_parameter(leaf, read[key])
                 if isinstance(module, nn.Linear) and leaf == "weight":
                     module.out_features, module.in_features = module.weight.shape
@@ -153,15 +156,9 @@ class BlockReader:
             attention.layer_idx = block + position * self.config.num_hidden_layers
             self.family.set_local_heads(attention, cut.heads[1] - cut.heads[0], cut.kv_heads[1] - cut.kv_heads[0])
             shards.append(layer)
-        return shards
+        return shards, biases
 
-    def bias(self, block: int, module: str) -> nn.Parameter | None:
-        """The output bias [D] of an attention or MLP output layer, or None where the family has none."""
-        name = f"{self.prefix(block)}{module}.bias"
-        return self._parameter(name, "whole", None) if self.checkpoint.has(name) else None
-
-    def prefix(self, block: int) -> str:
-        """What a block's tensor names begin with in the checkpoint."""
+    def _prefix(self, block: int) -> str:
         return f"{self.family.decoder}.layers.{block}."
 
     def _parameter(self, name: str, kind: Kind, span: Span | None) -> nn.Parameter:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spd
-from spd.checkpoint import Checkpoint, fingerprint, resolve
+from spd.checkpoint import Checkpoint, fingerprint, read_tokenizer, resolve
 
 
 @pytest.fixture
@@ -85,6 +85,37 @@ def test_an_unknown_family_names_those_known_and_how_to_add_one(folder: Path) ->
     refused(folder, "'gpt2' is not known; known are llama, opt, qwen2.*one row in spd/families.py")
 
 
+def test_a_family_that_transformers_does_not_know_either_is_refused_alike(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    refused(folder, "'mine' is not known; known are llama, opt, qwen2")
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, f"1 tensors are stored as I8, '{name}' first; quantised weights are not supported")
+    config = json.loads((folder / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    refused(folder, "This checkpoint is quantised")
+
+
+def test_a_stray_output_bias_in_the_file_is_ignored_as_transformers_does(folder: Path, tiny_llama: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(spd.load(folder, tp_size=2)(ids), spd.load(tiny_llama, tp_size=2)(ids))
+
+
+def test_a_tokenizer_file_that_is_damaged_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(spd.UserError, match=r"tokenizer in .* cannot be used"):
+        read_tokenizer(folder)
+
+
 def test_a_config_that_is_no_json_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     refused(folder, "config.json.* cannot be used")
@@ -92,10 +123,10 @@ def test_a_config_that_is_no_json_is_refused(folder: Path) -> None:
 
 def test_remote_code_is_never_run(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    config |= {"auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-    refused(folder, "config.json.* cannot be used")
+    spd.load(folder, tp_size=2)
     assert not (folder / "ran").exists()
 
 
@@ -125,6 +156,8 @@ def test_an_unknown_dtype_or_kind_of_ranks_is_refused(tiny_llama: Path) -> None:
         spd.load(tiny_llama, dtype="int8")
     with pytest.raises(spd.UserError, match="ranks='threads' is not known"):
         spd.load(tiny_llama, ranks="threads")
+    with pytest.raises(spd.UserError, match="device='gpu' is not known; write cpu"):
+        spd.load(tiny_llama, device="gpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -41,6 +41,11 @@ def test_json_lines_give_the_same_samples_as_text(text: Path, tmp_path: Path) ->
     assert torch.equal(*draws)
 
 
+def test_a_line_separator_inside_a_document_does_not_split_it(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "word1\u2028word2"}, ensure_ascii=False), encoding="utf-8")
+    assert load_samples(tmp_path / "text.jsonl", make_tokenizer(), 1, 4).tolist() == [[1, 5, 6, 2]]
+
+
 def test_the_longest_possible_sample_is_the_whole_text(text: Path) -> None:
     assert load_samples(text, make_tokenizer(), samples=2, sequence_length=51).shape == (2, 51)
     with pytest.raises(spd.UserError, match="has 51 tokens, fewer than one sequence of 52"):
@@ -54,6 +59,7 @@ def test_the_longest_possible_sample_is_the_whole_text(text: Path) -> None:
         ("latin.txt", b"\xe4\xff", "cannot be read"),
         ("broken.jsonl", b'{"text": "word1"}\n{', 'one JSON object with a "text" field a line'),
         ("fields.jsonl", b'{"txt": "word1"}\n', 'one JSON object with a "text" field a line'),
+        ("null.jsonl", b'{"text": null}\n', 'one JSON object with a "text" field a line'),
     ],
 )
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -97,54 +97,62 @@ def shapes(draw: st.DrawFn) -> tuple[str, int, dict[str, Any]]:
 @torch.inference_mode()
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shape=shapes(), batch=st.integers(1, 3), tokens=st.integers(1, 12), seed=st.integers(0, 99))
-def test_any_shape_equals_the_dense_model(
-    shape: tuple[str, int, dict[str, Any]], batch: int, tokens: int, seed: int
-) -> None:
+def test_any_shape_is_exact(shape: tuple[str, int, dict[str, Any]], batch: int, tokens: int, seed: int) -> None:
     family, tp_size, changes = shape
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), family, seed=seed, **changes)
         input_ids = torch.randint(4, 64, (batch, tokens), generator=torch.Generator().manual_seed(seed))
         expected = dense_logits(Path(folder), input_ids)
-        assert_same(spd.load(folder, tp_size=tp_size)(input_ids), expected)
-        whole = spd.load(folder, tp_size=1)
+        cut, whole = spd.load(folder, tp_size=tp_size), spd.load(folder, tp_size=1)
+        assert_same(cut(input_ids), expected)
         whole.drop(range(whole.num_blocks))
         assert_same(whole(input_ids), expected)
+        # With blocks dropped: the last token through the cache, and a left-padded first row.
+        cut.drop(range(seed % 2, cut.num_blocks, 2))
+        logits = cut(input_ids)
+        if tokens > 1:
+            past = cut.hf(input_ids[:, :-1], use_cache=True).past_key_values
+            assert_same(cut.hf(input_ids[:, -1:], past_key_values=past).logits[:, -1], logits[:, -1])
+        mask = torch.ones(batch, tokens + 2, dtype=torch.long)
+        mask[:, :2] = 0
+        padded = torch.cat([torch.zeros(batch, 2, dtype=torch.long), input_ids], dim=1)
+        assert_same(cut(padded, attention_mask=mask)[:, 2:], logits)
 
 
 @torch.inference_mode()
-def test_the_spd_block_is_the_equation_of_the_paper(checkpoint: Callable[..., Path], input_ids: Tensor) -> None:
-    # Written out once more from method.md with plain tensors, OPT because it has every bias.
-    folder, tp_size, heads, head_size = checkpoint("opt"), 4, 8, 4
-    model = spd.load(folder, tp_size=tp_size)
-    layer = AutoModelForCausalLM.from_pretrained(folder).model.decoder.layers[1]
-    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
-    b, b2 = layer.self_attn.out_proj.bias, layer.fc2.bias
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_the_spd_block_is_the_equation_of_the_paper(checkpoint: Callable[..., Path], family: str, tp_size: int) -> None:
+    # P_i and MLP_i from transformers' own whole layer, with all but rank i's columns of the output layers set to zero.
+    folder = checkpoint(family)
+    model, dense = spd.load(folder, tp_size=tp_size), AutoModelForCausalLM.from_pretrained(folder)
+    row = model.family
+    layer = dense.get_submodule(row.decoder).layers[1]
+    outputs = [layer.get_submodule(row.attention_output), layer.get_submodule(row.mlp_output)]
+    biases = [torch.zeros(32) if layer.bias is None else layer.bias.clone() for layer in outputs]
+    weights = [layer.weight.clone() for layer in outputs]
+    x, inputs = model.embed(torch.randint(4, 64, (2, 7), generator=torch.Generator().manual_seed(1)))
+
+    def only_rank(i: int) -> None:
+        for output, weight in zip(outputs, weights, strict=True):
+            if output.bias is not None:
+                output.bias.zero_()
+            share = weight.shape[1] // tp_size
+            output.weight.zero_()
+            output.weight[:, i * share : (i + 1) * share] = weight[:, i * share : (i + 1) * share]
+
     total = torch.zeros_like(x)
     for i in range(tp_size):
-        rows = slice(i * heads // tp_size * head_size, (i + 1) * heads // tp_size * head_size)
-        columns = slice(i * 48 // tp_size, (i + 1) * 48 // tp_size)
-        normed = layer.self_attn_layer_norm(x)
-        q, k, v = (
-            torch.nn.functional.linear(normed, proj.weight[rows], proj.bias[rows]).unflatten(2, (-1, head_size))
-            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-        )
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / head_size**0.5
-        scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1)
-        mixed = torch.einsum("bhqk,bkhd->bqhd", scores, v).flatten(2)
-        p_i = mixed @ layer.self_attn.out_proj.weight[:, rows].T
-        hidden = torch.relu(
-            torch.nn.functional.linear(
-                layer.final_layer_norm(x + p_i + b), layer.fc1.weight[columns], layer.fc1.bias[columns]
-            )
-        )
-        total += p_i + hidden @ layer.fc2.weight[:, columns].T
+        only_rank(i)
+        p_i = layer.self_attn(hidden_states=layer.get_submodule(row.attention_norm)(x), **inputs)[0]
+        u_i = x + p_i + biases[0]
+        total += p_i + row.mlp(layer, layer.get_submodule(row.mlp_norm)(u_i))
     block = model.blocks[1]
-    assert_same(block.spd(x, block.attention(x, attention_mask=None)), x + b + total + b2)
+    assert_same(block.spd(x, block.attention(x, **inputs)), x + biases[0] + total + biases[1])
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dropped", [[], [0, 2]])
-@pytest.mark.parametrize("tp_size", [1, 2, 8])
+@pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_cached_generation_equals_uncached(
     checkpoint: Callable[..., Path], family: str, tp_size: int, dropped: list[int], input_ids: Tensor
 ) -> None:
@@ -168,10 +176,11 @@ def test_generation_equals_transformers_own(checkpoint: Callable[..., Path], fam
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dropped", [[], [0, 1]])
+@pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_a_padded_batch_equals_single_prompts(
-    checkpoint: Callable[..., Path], family: str, dropped: list[int], input_ids: Tensor
+    checkpoint: Callable[..., Path], family: str, tp_size: int, dropped: list[int], input_ids: Tensor
 ) -> None:
-    model = spd.load(checkpoint(family), tp_size=4)
+    model = spd.load(checkpoint(family), tp_size=tp_size)
     model.drop(dropped)
     short, long = input_ids[:1, :4], input_ids[1:]
     padding = torch.zeros(1, long.shape[1] - 4, dtype=torch.long)
@@ -184,9 +193,9 @@ def test_a_padded_batch_equals_single_prompts(
         torch.cat([short, padding], dim=1), attention_mask=torch.cat([torch.ones_like(short), padding], dim=1)
     )
     assert_same(right[0, :4], model(short)[0])
-    generated = model.generate(batch, attention_mask=mask, max_new_tokens=6)
-    assert torch.equal(generated[0, -6:], model.generate(short, max_new_tokens=6)[0, -6:])
-    assert torch.equal(generated[1, -6:], model.generate(long, max_new_tokens=6)[0, -6:])
+    generated = model.generate(batch, attention_mask=mask, max_new_tokens=6, min_new_tokens=6)
+    assert torch.equal(generated[0, -6:], model.generate(short, max_new_tokens=6, min_new_tokens=6)[0, -6:])
+    assert torch.equal(generated[1, -6:], model.generate(long, max_new_tokens=6, min_new_tokens=6)[0, -6:])
 
 
 @torch.inference_mode()

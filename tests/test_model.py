@@ -72,14 +72,33 @@ def test_a_prepared_model_is_refused_at_another_tp_size(tiny_opt: Path, samples:
         spd.load(tmp_path / "out", tp_size=2)
 
 
+def test_blocks_dropped_by_hand_come_back_dropped(tiny_opt: Path, samples: Tensor, tmp_path: Path) -> None:
+    model = spd.load(tiny_opt, tp_size=4)
+    spd.apply(model, spd.make_plan(spd.measure_sensitivity(model, samples), drop=0.3))
+    other = next(block for block in range(3) if block not in model.dropped)
+    model.drop([other])
+    assert model.plan is None
+    model.save_pretrained(tmp_path / "out")
+    again = spd.load(tmp_path / "out")
+    assert (again.tp_size, again.dropped) == (4, (other,))
+    assert torch.equal(again(samples), model(samples))
+
+
+def test_a_model_saved_with_nothing_dropped_loads_at_any_tp_size(tiny_opt: Path, tmp_path: Path) -> None:
+    spd.load(tiny_opt, tp_size=4).save_pretrained(tmp_path / "out")
+    assert spd.load(tmp_path / "out").tp_size == 4
+    assert spd.load(tmp_path / "out", tp_size=8).tp_size == 8
+
+
 def test_saving_never_overwrites_and_leaves_nothing_half_written(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = spd.load(tiny_llama)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    with pytest.raises(spd.UserError, match="not empty"):
-        model.save_pretrained(tmp_path / "mine")
+    for taken in ("mine", "mine/notes.txt"):
+        with pytest.raises(spd.UserError, match="a file or not empty"):
+            model.save_pretrained(tmp_path / taken)
 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -8,19 +8,17 @@ from torch import Tensor
 import spd
 from spd.launch import run_ranks
 
+REFERENCE_MODELS = sorted((Path(__file__).parent.parent / "experiments/reference/models").glob("ref_*"))
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
 def test_real_ranks_equal_virtual_ranks(
     tiny_llama: Path, tiny_opt: Path, tiny_qwen2: Path, input_ids: Tensor, tp_size: int
 ) -> None:
-    folders = {"llama": tiny_llama, "opt": tiny_opt, "qwen2": tiny_qwen2}
-    arguments = {
-        "folders": {family: str(folder) for family, folder in folders.items()},
-        "tp_size": tp_size,
-        "input_ids": input_ids.tolist(),
-    }
-    differences = run_ranks("tests.rank_checks:compare_with_virtual_ranks", arguments, tp_size=tp_size, timeout_s=120)
-    assert len(differences) == 12
+    folders = {folder.name: str(folder) for folder in (tiny_llama, tiny_opt, tiny_qwen2, *REFERENCE_MODELS)}
+    arguments = {"folders": folders, "tp_size": tp_size, "input_ids": input_ids.tolist()}
+    differences = run_ranks("tests.rank_checks:compare_with_virtual_ranks", arguments, tp_size=tp_size, timeout_s=240)
+    assert len(differences) == 3 * 4 + 3 * len(REFERENCE_MODELS)
     for case, (difference, same_tokens) in differences.items():
         assert difference <= 2e-5, case
         assert same_tokens, case

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+import spd
 from spd.compose import from_hydra
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names["logits"].shape == (2, 256, names["model"].config.vocab_size)
     assert names["tokens"].shape == (2, 24)
     assert len(names["plan"].dropped) == 6
-    assert (tmp_path / "prepared/spd_plan.json").is_file()
+    assert spd.load("prepared").dropped == names["model"].dropped == (3, 5)
 
 
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -86,6 +86,15 @@ def test_samples_that_predict_nothing_are_refused(tiny_llama: Path, samples: Ten
         spd.measure_sensitivity(spd.load(tiny_llama), samples)
 
 
+def test_a_loss_that_is_no_number_is_refused_and_nothing_is_ranked_by_it(tiny_llama: Path, samples: Tensor) -> None:
+    model = spd.load(tiny_llama, tp_size=2)
+    model.blocks[1].norm2.weight.fill_(torch.nan)
+    with pytest.raises(spd.UserError, match="loss is not finite; float16 overflows"):
+        spd.measure_sensitivity(model, samples)
+    with pytest.raises(spd.UserError, match="loss is not finite"):
+        perplexity(model, samples)
+
+
 def test_an_unknown_order_is_refused(tiny_llama: Path, samples: Tensor) -> None:
     with pytest.raises(spd.UserError, match="order='back' is not known; write one of suffix, alone, front"):
         spd.measure_sensitivity(spd.load(tiny_llama), samples, order="back")
@@ -105,7 +114,8 @@ def test_jumps_part_what_a_person_would_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "classes"), [([0.1], {"ISB"}), ([0.0, -1.0], {"ISB"}), ([0.0, 5.0], {"ISB", "ESB"})]
+    ("values", "classes"),
+    [([0.1], {"ISB"}), ([0.0, -1.0], {"ISB"}), ([0.0, 5.0], {"ISB", "ESB"}), ([0.3] * 4, {"ISB"})],
 )
 def test_jumps_of_few_or_equal_sensitivities(values: list[float], classes: set[str]) -> None:
     assert set(report(values).classes(*report(values).jumps())) == classes
