@@ -29,7 +29,7 @@ from spd.model import TensorParallelLM, load
 from spd.perplexity import perplexity
 from spd.plan import DropPlan, make_plan
 from spd.progress import Display
-from spd.results import FORMAT, Record, Results, digest, environment, file_digest, hardware, is_disk_full
+from spd.results import FORMAT, Record, Results, digest, environment, file_digest, hardware, is_disk_full, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
 from spd.sharding import check_tp_size
 from spd.strategies import apply
@@ -100,6 +100,8 @@ def run_point(config: RunConfig, display: Display) -> Record:
         results.begin(point.key, dump_yaml(config))
         for name, value in point.steps():
             record[name] = value
+            if name in results.computed:
+                record["computed"][name] = results.computed[name]
         record["status"] = "done"
     except Exception as error:
         if is_disk_full(error):
@@ -130,7 +132,7 @@ class _Point:
                 del settings[section]
             else:
                 settings[section] = {name: value for name, value in settings[section].items() if name not in names}
-        parts = {"format": FORMAT, "config": settings, "weights": self.weights, "files": self.files}
+        parts = {**made_by(), "config": settings, "weights": self.weights, "files": self.files}
         if self.config.latency.name is not LatencyKind.none:
             parts["machine"] = _machine()
         return digest(parts)
@@ -329,6 +331,7 @@ def _new_record(config: RunConfig) -> Record:
         "config": to_dict(config),
         "weights": None,
         "environment": {"seconds": None},
+        "computed": {},
         "sensitivity": None,
         "plan": None,
         "perplexity": None,

@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,6 +105,8 @@ class Results:
     def __init__(self, output_dir: Path, say: Callable[[str], None] = print) -> None:
         self.output_dir = output_dir
         self.say = say
+        self.computed: dict[str, dict[str, Any]] = {}
+        """Kind -> the environment in which the value that `cached` last gave was computed, maybe by another run."""
 
     def folder(self, key: str) -> Path:
         """The folder of a point."""
@@ -137,9 +140,11 @@ class Results:
     def cached(self, kind: str, parts: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """What `compute()` returns (JSON-able), computed once for the given parts, also across processes and nodes.
 
-        Other processes that want the same value wait for the first one. A damaged file is computed again.
+        Other processes that want the same value wait for the first one. A damaged file is computed again. Beside the
+        value stands where it was computed, which `computed` then says.
         """
-        path = self.output_dir / "cache" / kind / f"{digest({'format': FORMAT, **parts})}.json"
+        parts = {**made_by(), **parts}
+        path = self.output_dir / "cache" / kind / f"{digest(parts)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
         try:
@@ -149,21 +154,24 @@ class Results:
             lock.acquire()
         try:
             stored = self._read_cache(path, kind)
-            if stored is not None:
-                return stored
-            # Through JSON once, so that a fresh value and one read back are the same.
-            value = json.loads(json.dumps(compute()))
-            write_text(path, json.dumps({"checksum": digest(value), "parts": parts, "value": value}))
-            return value
+            if stored is None:
+                here, started = environment(), time.monotonic()
+                # Through JSON once, so that a fresh value and one read back are the same.
+                value = json.loads(json.dumps(compute()))
+                here["seconds"] = round(time.monotonic() - started, 3)
+                stored = {"checksum": digest([value, here]), "parts": parts, "computed": here, "value": value}
+                write_text(path, json.dumps(stored))
+            self.computed[kind] = stored["computed"]
+            return stored["value"]
         finally:
             lock.release()
 
-    def _read_cache(self, path: Path, kind: str) -> Any:
+    def _read_cache(self, path: Path, kind: str) -> dict[str, Any] | None:
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["checksum"] != digest(stored["value"]):
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if stored["checksum"] != digest([stored["value"], stored["computed"]]):
                 raise ValueError("its checksum does not match")
-            return stored["value"]
+            return stored
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -185,8 +193,13 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def made_by() -> dict[str, Any]:
+    """What makes numbers other ones for the same configuration: this code's format and the libraries that compute."""
+    return {"format": FORMAT, "versions": {name: _version(name) for name in ("torch", "transformers", "lm_eval")}}
+
+
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware that a record is made with, and the time it starts."""
+    """Versions, commit and hardware that something is computed with, and the time it starts; None for its seconds."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "versions": {

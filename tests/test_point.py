@@ -14,7 +14,7 @@ import pytest
 from conftest import WORDS
 from rich.console import Console
 
-from spd import point, tracking
+from spd import point, results, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
 from spd.errors import UserError
 from spd.progress import Display
@@ -119,6 +119,26 @@ def test_a_finished_point_is_not_computed_again(
     assert json.loads(json.dumps(run(config))) == json.loads(json.dumps(first))
     assert counted["measure_sensitivity"] == counted["perplexity"] == 1
     assert output.getvalue().count("done before") == 1
+
+
+def test_a_record_says_which_code_found_each_of_its_numbers(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config)
+    commit = "c" * 40
+    here = results.environment()
+    for module in (point, results):
+        monkeypatch.setattr(module, "environment", lambda: {**here, "git_commit": commit})
+    record = run(with_drop(config, 1.0))
+    assert record["environment"]["git_commit"] == record["computed"]["perplexity"]["git_commit"] == commit
+    assert record["computed"]["sensitivity"]["git_commit"] == here["git_commit"] != commit
+    assert set(record["computed"]) == {"sensitivity", "perplexity"}
+
+
+def test_other_libraries_make_another_point(config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(config)["key"]
+    monkeypatch.setattr(results, "_version", lambda name: f"next {name}")
+    assert run(config)["key"] != first
 
 
 def test_nothing_dropped_gives_the_dense_perplexity(config: RunConfig, run: Any) -> None:

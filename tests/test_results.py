@@ -115,6 +115,26 @@ def test_a_cached_value_is_computed_once(results: Results) -> None:
     assert len(calls) == 3
 
 
+def test_a_cached_value_says_where_it_was_computed_also_to_who_finds_it(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.cached("kind", {}, lambda: 1)
+    first = results.computed["kind"]
+    assert first["versions"]["torch"]
+    assert first["hardware"]["cores"] >= 1
+    assert first["seconds"] >= 0
+    monkeypatch.setattr("spd.results.environment", lambda: {"git_commit": "a later one"})
+    later = Results(results.output_dir)
+    assert later.cached("kind", {}, lambda: 2) == 1
+    assert later.computed == {"kind": first}
+
+
+def test_other_libraries_may_give_other_numbers(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert results.cached("kind", {}, lambda: 1) == 1
+    monkeypatch.setattr("spd.results._version", lambda name: "next" if name == "torch" else None)
+    assert results.cached("kind", {}, lambda: 2) == 2
+
+
 def test_a_computation_that_fails_is_not_cached(results: Results) -> None:
     def fail() -> None:
         raise KeyboardInterrupt
