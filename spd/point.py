@@ -37,7 +37,7 @@ from spd.strategies import apply
 log = logging.getLogger(__name__)
 
 # What cannot change a result (names of places, ports, how long to wait) or is replaced by a hash of its contents.
-_NOT_IN_KEY = {
+_NOT_IN_KEY: dict[str, set[str] | None] = {
     "tracker": None,
     "sweep": None,
     "output_dir": None,
@@ -47,6 +47,15 @@ _NOT_IN_KEY = {
     "data": {"path", "heldout_path"},
     "eval": {"include_path"},
 }
+
+
+def determining(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration (as `to_dict` gives it) can change a result."""
+    kept = {section: value for section, value in settings.items() if _NOT_IN_KEY.get(section, ()) is not None}
+    for section, names in _NOT_IN_KEY.items():
+        if names is not None:
+            kept[section] = {name: value for name, value in settings[section].items() if name not in names}
+    return kept
 
 
 def check(config: RunConfig, here: bool = True) -> None:
@@ -126,13 +135,7 @@ class _Point:
         self.key = self._key()
 
     def _key(self) -> str:
-        settings = to_dict(self.config)
-        for section, names in _NOT_IN_KEY.items():
-            if names is None:
-                del settings[section]
-            else:
-                settings[section] = {name: value for name, value in settings[section].items() if name not in names}
-        parts = {**made_by(), "config": settings, "weights": self.weights, "files": self.files}
+        parts = {**made_by(), "config": determining(to_dict(self.config)), "weights": self.weights, "files": self.files}
         if self.config.latency.name is not LatencyKind.none:
             parts["machine"] = _machine()
         return digest(parts)

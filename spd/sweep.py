@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -31,6 +32,8 @@ from spd.results import Record, is_disk_full, line_columns, read_record, to_fram
 
 POINTS_FILE = "points.json"
 POINTER_FILE = "point.json"
+CSV_FILE = "points.csv"
+PNG_FILE = "curve.png"
 
 
 class Sweep:
@@ -41,11 +44,25 @@ class Sweep:
 
     def __init__(self, folder: Path, overrides: list[list[str]], configs: list[RunConfig]) -> None:
         self.folder, self.overrides, self.configs = folder, overrides, configs
+        self._lock = FileLock(folder / "running.lock")
 
     def begin(self) -> None:
-        """Writes down which points there are, and forgets what jobs of an earlier run of the sweep were."""
-        for number in range(len(self.configs)):
-            (self.folder / str(number) / POINTER_FILE).unlink(missing_ok=True)
+        """Takes the folder until `finish` and writes down which points there are.
+
+        What an earlier sweep of this name left there goes: which points its jobs were, its table and its figure. The
+        records are kept elsewhere.
+
+        Raises:
+            UserError: another process runs a sweep of this name.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            name = self.configs[0].sweep
+            raise UserError(f"sweep {name} is running (in {self.folder}); give sweep=<another name>.") from error
+        for file in (*self.folder.glob(f"*/{POINTER_FILE}"), self.folder / CSV_FILE, self.folder / PNG_FILE):
+            file.unlink(missing_ok=True)
         points = [
             {"overrides": overrides, "config": to_dict(config)}
             for overrides, config in zip(self.overrides, self.configs, strict=True)
@@ -57,14 +74,18 @@ class Sweep:
         return [self._record(number, config) for number, config in enumerate(self.configs)]
 
     def _record(self, number: int, config: RunConfig) -> Record:
-        from spd.point import failed_record
+        from spd.point import determining, failed_record
 
-        job = self.folder / str(number)
+        job, settings = self.folder / str(number), to_dict(config)
         try:
-            return read_record(Path(json.loads((job / POINTER_FILE).read_text(encoding="utf-8"))["record"]))
+            path = Path(json.loads((job / POINTER_FILE).read_text(encoding="utf-8"))["record"])
+            record = read_record(path)
+            if determining(record["config"]) == determining(settings):
+                return record
+            why = f"its job left the record of another configuration, {path}"
         except (FileNotFoundError, ValueError, KeyError):
             why = f"its job left no record: it was killed, or still runs; see {job} and the launcher's logs"
-            return failed_record(to_dict(config), config.sweep, why)
+        return failed_record(settings, config.sweep, why)
 
     def finish(self) -> bool:
         """Writes points.csv and the curve, prints the table, mirrors all to W&B. True if every point is done."""
@@ -72,7 +93,7 @@ class Sweep:
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         records = self.records()
-        csv, png = self.folder / "points.csv", self.folder / "curve.png"
+        csv, png = self.folder / CSV_FILE, self.folder / PNG_FILE
         write_text(csv, to_frame(records).to_csv(index=False))
         done = [record for record in records if record["status"] == "done"]
         print_table(records, f"Sweep {self.configs[0].sweep}")
@@ -94,6 +115,7 @@ class Sweep:
             console.print(f"Failed: {point}: {row['error']}", markup=False)
         curve = f"  Curve: {png}" if png.exists() else ""
         print(f"{len(done)} of {len(records)} points are done. Table: {csv}{curve}")
+        self._lock.release(force=True)
         return len(done) == len(records)
 
 

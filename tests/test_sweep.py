@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,6 +183,40 @@ def test_what_an_earlier_run_of_the_sweep_left_is_not_taken_for_this_one(sweep: 
         finish_job(sweep, number)
     sweep.begin()
     assert [record["status"] for record in sweep.records()] == ["failed"] * 3
+
+
+def test_a_table_and_a_figure_of_an_earlier_sweep_are_not_taken_for_this_one_s(sweep: Sweep, capsys: Any) -> None:
+    finish_job(sweep, 0)
+    sweep.finish()
+    (png,) = sweep.folder.glob("*.png")
+    assert str(png) in capsys.readouterr().out
+    (sweep.folder / "7").mkdir()
+    (sweep.folder / "7" / "point.json").write_text("{}")
+    shorter = Sweep(sweep.folder, sweep.overrides[:1], sweep.configs[:1])
+    shorter.begin()
+    assert not list(sweep.folder.glob("*.csv")) + list(sweep.folder.glob("*.png")) + list(sweep.folder.glob("*/*.json"))
+    shorter.finish()  # no point of it is done, so there is nothing to draw
+    assert "curve.png" not in capsys.readouterr().out
+
+
+def test_two_sweeps_of_one_name_do_not_run_at_once(sweep: Sweep, settings: list[str]) -> None:
+    with multirun([*settings, "drop=0,1"]) as config:
+        with pytest.raises(SystemExit, match=r"sweep mine is running .*; give sweep=<another name>"):
+            SweepCallback().on_multirun_start(config)
+        assert len(json.loads((sweep.folder / POINTS_FILE).read_text())) == 3, "the running sweep's"
+        sweep.finish()
+        compose_sweep(config).begin()
+
+
+def test_a_record_of_another_configuration_is_not_taken_for_a_point_s(sweep: Sweep) -> None:
+    finish_job(sweep, 0)
+    (sweep.folder / "1").mkdir()
+    shutil.copy(sweep.folder / "0" / "point.json", sweep.folder / "1" / "point.json")
+    records = sweep.records()
+    assert [record["status"] for record in records] == ["done", "failed", "failed"]
+    assert "another configuration" in records[1]["error"]
+    sweep.configs[0].output_dir, sweep.configs[0].sweep = "elsewhere", "other"
+    assert sweep.records()[0]["status"] == "done", "where a record is kept is no part of it"
 
 
 def test_a_figure_that_fails_does_not_lose_the_table(
