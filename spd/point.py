@@ -120,6 +120,8 @@ def run_point(config: RunConfig, display: Display) -> Record:
     record["environment"]["seconds"] = round(time.monotonic() - started, 3)
     if record["key"] is not None:
         results.finish(record)
+        # Where this run failed, another one may have finished the point meanwhile: then that is its record.
+        record = results.find(record["key"]) or record
     _track(record, config, results, display)
     return record
 

@@ -132,9 +132,12 @@ class Results:
         write_text(self.folder(key) / "config.yaml", config_yaml)
 
     def finish(self, record: Record) -> Path:
-        """Keeps a record, done or failed; returns its file."""
+        """Keeps a record, done or failed; returns its file. A failed one never takes the place of a finished one."""
         path = self.folder(record["key"]) / "result.json"
-        write_json(path, record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if record["status"] == "done" or self.find(record["key"]) is None:
+                write_json(path, record)
         return path
 
     def cached(self, kind: str, parts: dict[str, Any], compute: Callable[[], Any]) -> Any:

@@ -261,6 +261,25 @@ def test_a_failure_says_why_and_is_tried_again(
     assert run(config)["status"] == "done"
 
 
+def test_a_point_that_another_process_finished_meanwhile_is_done(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any, **__: Any) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(point, "perplexity", perplexity)
+            with Display("the other", Console(file=io.StringIO())) as display:
+                other = dataclasses.replace(config, sweep="other")
+                folder = Path(config.output_dir) / "cache"
+                folder.rename(folder.with_name("cache of this process"))  # else they would wait for each other
+                assert point.run_point(other, display)["status"] == "done"
+        raise RuntimeError("too late")
+
+    perplexity = point.perplexity
+    monkeypatch.setattr(point, "perplexity", late)
+    record = run(config)
+    assert (record["status"], record["sweep"]) == ("done", "other")
+
+
 def test_what_the_user_can_mend_is_one_sentence(config: RunConfig, run: Any, tmp_path: Path) -> None:
     shutil.copytree(config.model.path, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"

@@ -56,6 +56,13 @@ def test_a_failed_point_is_tried_again(results: Results) -> None:
     assert json.loads(path.read_text())["error"] == "why"
 
 
+def test_a_late_failure_does_not_replace_a_finished_record(results: Results) -> None:
+    results.finish(make_record(status="failed", error="why"))
+    results.finish(make_record())
+    path = results.finish(make_record(status="failed", error="why"))
+    assert json.loads(path.read_text())["status"] == "done"
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"status": "done"}', "\x00\x00"])
 def test_a_damaged_record_is_computed_again_and_said(damage: str, results: Results, said: list[str]) -> None:
     results.finish(make_record()).write_text(damage)
