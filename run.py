@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from traceback import extract_tb
 from types import FrameType
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spd.compose import HydraError, explain, from_hydra
 from spd.errors import UserError
@@ -40,7 +41,13 @@ def main(composed: DictConfig) -> None:
         if alone:  # the points of a sweep are checked together, before the first one starts
             point.check(config)
     except UserError as error:
-        raise SystemExit(f"Error: {error}") from error  # Hydra would print more than the sentence
+        if alone:
+            raise SystemExit(f"Error: {error}") from error  # Hydra would print more than the sentence
+        # What was fine when the sweep began, as a text that has gone since. The other jobs go on.
+        settings: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+        leave_pointer(job_folder, point.failed_record(settings, settings["sweep"], str(error)), job_folder)
+        sys.stderr.write(f"point {position(job_folder)} failed: {error}\n")
+        return
     which = "point" if alone else f"point {position(job_folder)}"
     with Display(f"{which}, drop {config.drop:g}") as display:
         record = point.run_point(config, display)

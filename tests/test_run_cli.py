@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from conftest import WORDS
+from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 
 import run
+from spd.compose import from_hydra
 from spd.config import ROOT
+from spd.sweep import Sweep
 
 PATIENCE_S = 240
 
@@ -201,6 +206,25 @@ def test_when_the_launcher_gives_up_the_sweep_is_summed_up_all_the_same(
     assert run.cli() == 1
     assert rest.finished
     assert "the launcher gave up (RuntimeError: job 7 was cancelled)" in capsys.readouterr().err
+
+
+def test_a_text_that_vanishes_during_a_sweep_fails_its_points_only(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", [*runner.settings, "drop=0.5"])
+    sweep = Sweep(runner.runs / "sweeps" / "mine", [["drop=0.5"]], [from_hydra(composed)])
+    sweep.begin()
+    job = SimpleNamespace(mode=RunMode.MULTIRUN, runtime=SimpleNamespace(output_dir=str(sweep.folder / "0")))
+    monkeypatch.setattr(run.HydraConfig, "get", lambda: job)
+    monkeypatch.setattr(run, "quiet", lambda: None)
+    (runner.folder / "text.txt").unlink()
+    run.main.__wrapped__(composed)
+    (record,) = sweep.records()
+    assert record["status"] == "failed"
+    assert "text.txt' does not exist" in record["error"]
+    assert not sweep.finish()
+    assert "0 of 1 points are done" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("in_this_process")
