@@ -245,7 +245,9 @@ def _notes(points: pd.DataFrame, has: dict[str, bool], labelled: bool) -> str:
     if labelled:
         notes.append("labels: blocks dropped")
     if "ttft_speedup_percent_low" in points and points["ttft_speedup_percent_low"].notna().any():
-        notes.append("across: 95 % interval over launches")
+        stated = points["latency_confidence"].dropna().unique() if "latency_confidence" in points else []
+        confidence = " or ".join(f"{100 * share:.4g} %" for share in sorted(stated))
+        notes.append(f"across: {confidence} interval of the median over launches".replace("  ", " "))
     return "; ".join(notes)
 
 

@@ -10,6 +10,7 @@ repeats within one do: the launch is the unit of replication, and intervals are 
 
 import gc
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from spd.launch import Progress, run_ranks, threads_per_rank
 
 METRICS = ("ttft_ms", "tpot_ms")
 CONFIDENCE = 0.95
+"""What intervals have at least, where there are launches enough for it (six)."""
 
 
 def measure_latency(
@@ -240,8 +242,9 @@ def summarise(session: dict[str, Any], arm: str, baseline: str) -> dict[str, Any
 
     Each launch gives one number, the median of its repeats; for a speed-up that is `100 (1 - arm / baseline)` of the
     two medians of the *same* launch, in percent, positive when the arm is faster. Reported are the median over launches
-    and, from three launches on, its 95 % percentile-bootstrap interval over launches; with fewer, low and high are
-    None. With a handful of launches that interval is close to their range: read it as such.
+    and, from three launches on, an interval of their order statistics: from the k-th smallest to the k-th largest
+    launch, which has the median of all launches in it with the probability "confidence" (`_order_statistics`). Up to
+    five launches that is their range, with less than 95 %. With fewer than three, low, high and confidence are None.
     """
     import numpy as np
 
@@ -256,21 +259,27 @@ def summarise(session: dict[str, Any], arm: str, baseline: str) -> dict[str, Any
         "threads_per_rank": session["threads_per_rank"],
         "scheduling": " and ".join(sorted(set(session["scheduling"]))),
         "busy_percent": session["busy_percent"],
-        "interval": f"{CONFIDENCE:.0%} percentile bootstrap of the median over launches",
+        "confidence": _order_statistics(session["launches"])[1],
         **{name: _median_and_interval(values) for name, values in per_launch.items()},
         "per_launch": per_launch,
     }
 
 
-def _median_and_interval(values: Sequence[float]) -> dict[str, float | None]:
-    import numpy as np
-    from scipy.stats import bootstrap
+def _order_statistics(launches: int) -> tuple[int, float | None]:
+    """The k whose interval, from the k-th smallest to the k-th largest launch, is the narrowest with `CONFIDENCE`, and
+    its confidence; the range (k = 1) where none reaches that. No shape of distribution is assumed: each launch is below
+    the median with probability 1/2. (0, None) with fewer than three launches.
+    """
+    from scipy.stats import binom
 
-    median = float(np.median(values))
-    if len(values) < 3:
-        return {"median": median, "low": None, "high": None}
-    # Seeded: the same session must always give the same record.
-    interval = bootstrap(
-        (values,), np.median, confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return {"median": median, "low": float(interval.low), "high": float(interval.high)}
+    if launches < 3:
+        return 0, None
+    confidences = {k: float(1 - 2 * binom.cdf(k - 1, launches, 0.5)) for k in range(1, (launches + 1) // 2 + 1)}
+    k = max((k for k, confidence in confidences.items() if confidence >= CONFIDENCE), default=1)
+    return k, confidences[k]
+
+
+def _median_and_interval(values: Sequence[float]) -> dict[str, float | None]:
+    k, confidence = _order_statistics(len(values))
+    low, high = (None, None) if confidence is None else (sorted(values)[k - 1], sorted(values)[-k])
+    return {"median": statistics.median(values), "low": low, "high": high}

@@ -255,7 +255,8 @@ def to_frame(records: list[Record]) -> "pd.DataFrame":
     Columns: model, tp_size, strategy, what else of the configuration tells the records apart (under its setting's name,
     as strategy.order; usually nothing; see `line_columns`), drop, num_dropped, dropped_blocks (space-separated),
     perplexity, accuracy_mean, accuracy_mean_stderr, <task>, <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and
-    likewise tpot_ms, ttft_speedup_percent, tpot_speedup_percent, then status, error, key.
+    likewise tpot_ms, ttft_speedup_percent, tpot_speedup_percent, then latency_confidence (of these intervals, 0..1),
+    status, error, key.
     """
     import pandas as pd  # slow to import, and a refused configuration should not wait for it
 
@@ -331,4 +332,5 @@ def _row(record: Record, tasks: list[str]) -> dict[str, Any]:
         interval = latency.get(name) or {}
         row[name] = interval.get("median")
         row[f"{name}_low"], row[f"{name}_high"] = interval.get("low"), interval.get("high")
+    row["latency_confidence"] = latency.get("confidence")
     return row | {"status": record["status"], "error": record.get("error"), "key": record["key"]}

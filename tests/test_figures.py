@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from spd.errors import UserError
-from spd.figures import _lines, plot_curve, plot_sensitivity, read_points
+from spd.figures import _lines, _notes, plot_curve, plot_sensitivity, read_points
 from spd.plan import ModelIdentity
 from spd.sensitivity import SensitivityReport
 
@@ -129,6 +129,15 @@ def test_whatever_a_sweep_was_over_parts_its_lines() -> None:
     labels = [style["label"] for _, style in _lines(SWEEPS["five settings"])]
     assert len(set(labels)) == 32
     assert labels[0] == "seed=0, a=none, b=0.05, c=1, d=[]"
+
+
+def test_a_note_says_how_sure_the_intervals_are() -> None:
+    has = {"accuracy_mean": True}
+    five = make_points().assign(latency_confidence=0.9375)
+    assert "across: 93.75 % interval of the median over launches" in _notes(five, has, False)
+    both = pd.concat([five, make_points(tp_size=8).assign(latency_confidence=0.75)])
+    assert "across: 75 % or 93.75 % interval" in _notes(both, has, False)
+    assert "across: interval of" in _notes(make_points(), has, False), "a table from before it was said"
 
 
 def test_nothing_to_draw_is_a_user_error(tmp_path: Path) -> None:

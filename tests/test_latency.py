@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spd.errors import UserError
-from spd.latency import arm_order, measure_latency, measure_rank, summarise
+from spd.latency import _median_and_interval, _order_statistics, arm_order, measure_latency, measure_rank, summarise
 
 
 def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
@@ -130,6 +130,29 @@ def test_speed_up_is_paired_by_launch() -> None:
     assert len(entry["per_launch"]["ttft_speedup_percent"]) == 5
 
 
+@pytest.mark.parametrize(
+    ("launches", "from_each_end", "confidence"),
+    [(3, 1, 0.75), (5, 1, 0.9375), (6, 1, 0.96875), (8, 1, 0.9921875), (9, 2, 0.9609375), (10, 2, 0.978515625)],
+)
+def test_an_interval_says_how_sure_it_is(launches: int, from_each_end: int, confidence: float) -> None:
+    entry = summarise(made_up_session(launches), "all", baseline="dense")
+    assert entry["confidence"] == pytest.approx(confidence)
+    medians = sorted(entry["per_launch"]["ttft_ms"])
+    assert entry["ttft_ms"]["low"] == medians[from_each_end - 1]
+    assert entry["ttft_ms"]["high"] == medians[-from_each_end]
+    assert entry["ttft_ms"]["median"] == np.median(medians)
+
+
+def test_the_stated_confidence_is_how_often_the_interval_holds_the_median() -> None:
+    rng = np.random.default_rng(0)
+    for launches in (3, 5, 9):
+        held = 0
+        for values in rng.exponential(size=(4000, launches)):
+            interval = _median_and_interval(values.tolist())
+            held += interval["low"] <= np.log(2) <= interval["high"]
+        assert held / 4000 == pytest.approx(_order_statistics(launches)[1], abs=0.02)
+
+
 def test_the_baseline_has_no_speed_up_over_itself() -> None:
     entry = summarise(made_up_session(3), "dense", baseline="dense")
     assert entry["ttft_speedup_percent"] == {"median": 0.0, "low": 0.0, "high": 0.0}
@@ -139,6 +162,7 @@ def test_two_launches_give_a_median_without_an_interval() -> None:
     entry = summarise(made_up_session(2), "all", baseline="dense")
     assert entry["ttft_ms"]["median"] > 0
     assert (entry["ttft_ms"]["low"], entry["ttft_ms"]["high"]) == (None, None)
+    assert entry["confidence"] is None
 
 
 def test_the_same_session_gives_the_same_entry() -> None:
