@@ -260,8 +260,9 @@ class _Point:
     @property
     def latency(self) -> dict[str, Any]:
         settings, parallel = self.config.latency, self.config.parallel
-        drops = sorted({0.0, self.config.drop, *settings.drops})
-        arms = {f"{drop:g}": self.plan(drop).dropped for drop in drops}
+        plans = [self.plan(drop).dropped for drop in (0.0, self.config.drop, *settings.drops)]
+        # By number of blocks: fractions that come to the same blocks are one arm.
+        arms = {str(len(dropped)): dropped for dropped in sorted(plans, key=len)}
         asked: dict[str, Any] = {
             "dtype": self.config.model.dtype.name,
             "prompt_length": settings.prompt_length,
@@ -294,7 +295,8 @@ class _Point:
             "interconnect": self.config.interconnect.name.name,
             "machine": _machine(),
         }
-        return summarise(self.results.cached("latency", parts, measure), arm=f"{self.config.drop:g}", baseline="0")
+        ours = str(len(self.plan(self.config.drop).dropped))
+        return summarise(self.results.cached("latency", parts, measure), arm=ours, baseline="0")
 
 
 def _file_digests(config: RunConfig, folder: Path) -> dict[str, str | None]:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spd.compose import HydraError, explain, from_hydra
-from spd.config import RunConfig, dump_yaml, to_dict
+from spd.config import LatencyKind, RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.results import Record, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
 
@@ -134,6 +134,9 @@ class SweepCallback(Callback):
         except Exception as error:
             raise SystemExit(traceback.format_exc()) from error
         Sweep.current = sweep
+        note = lone_sessions(sweep.configs)
+        if note:
+            sys.stderr.write(f"Note: {note}\n")
         here = "" if _runs_here(config) else ", as jobs of the launcher; their folders below it say how far they are"
         sys.stderr.write(f"Sweep {sweep.configs[0].sweep}: {len(sweep.configs)} points, in {sweep.folder}{here}\n")
 
@@ -172,6 +175,21 @@ def compose(config: DictConfig) -> Sweep:
     for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
         point.check(distinct, here=_runs_here(config))
     return Sweep(folder, overrides, configs)
+
+
+def lone_sessions(configs: list[RunConfig]) -> str | None:
+    """What to say where points time latency in sessions of their own, because `latency.drops` leaves their drop out."""
+    timed = [config for config in configs if config.latency.name is not LatencyKind.none]
+    drops = {drop for config in timed for drop in config.latency.drops}
+    lone = sorted({config.drop for config in timed if config.drop not in {0.0, *config.latency.drops}})
+    if not lone:
+        return None
+    together = sorted({0.0, *drops, *lone})
+    its, asked = (",".join(str(drop).removesuffix(".0") for drop in some) for some in (lone, together))
+    return (
+        f"drop {its} is not in latency.drops, and each such point times all arms in a session of its own. "
+        f"To time them once, beside each other: latency.drops=[{asked}]"
+    )
 
 
 def _runs_here(config: DictConfig) -> bool:

@@ -163,13 +163,24 @@ def test_points_share_their_sensitivities_and_their_latency_session(
     config.latency.prompt_length, config.latency.drops = 16, [0.5, 1.0]
     records = [run(with_drop(config, drop)) for drop in (0.0, 0.5, 1.0)]
     assert counted == {"measure_sensitivity": 1, "perplexity": 3, "measure_latency": 1}
-    assert [record["latency"]["arm"] for record in records] == ["0", "0.5", "1"]
+    assert [record["latency"]["arm"] for record in records] == ["0", "2", "3"]
     assert {record["latency"]["baseline"] for record in records} == {"0"}
-    assert list(records[0]["latency"]["arms"]) == ["0", "0.5", "1"]
-    assert records[1]["latency"]["arms"]["0.5"] == records[1]["plan"]["dropped"]
+    assert list(records[0]["latency"]["arms"]) == ["0", "2", "3"]
+    assert records[1]["latency"]["arms"]["2"] == records[1]["plan"]["dropped"]
     extra = run(with_drop(config, 0.25))
-    assert list(extra["latency"]["arms"]) == ["0", "0.25", "0.5", "1"]
+    assert list(extra["latency"]["arms"]) == ["0", "1", "2", "3"]
     assert counted["measure_latency"] == 2
+
+
+def test_fractions_that_come_to_the_same_blocks_are_timed_once_and_together(
+    config: RunConfig, run: Any, counted: dict[str, int]
+) -> None:
+    config.latency.name = LatencyKind.cpu
+    config.latency.prompt_length, config.latency.drops = 16, [-0.0, 0.33333333, 0.33333334, 0.4]
+    records = [run(with_drop(config, drop)) for drop in (0.0, -0.0, 1 / 3, 0.35)]
+    assert counted["measure_latency"] == 1
+    assert [record["latency"]["arm"] for record in records] == ["0", "0", "1", "1"]
+    assert list(records[0]["latency"]["arms"]) == ["0", "1"]
 
 
 @pytest.mark.parametrize(

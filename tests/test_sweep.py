@@ -20,7 +20,7 @@ from spd.config import ROOT, to_dict
 from spd.errors import UserError
 from spd.point import failed_record
 from spd.results import Record, Results
-from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, position, print_table
+from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, lone_sessions, position, print_table
 from spd.sweep import compose as compose_sweep
 
 
@@ -102,6 +102,24 @@ def test_one_wrong_point_refuses_the_whole_sweep(settings: list[str], wrong: str
     assert said in str(stopped.value)
     assert "Traceback" not in str(stopped.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_points_that_time_sessions_of_their_own_are_said_with_what_would_time_them_together(
+    settings: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sweep, "current", None)
+    fits = ["latency=cpu", "latency.prompt_length=8"]
+    with multirun([*settings, *fits, "latency.drops=[0.5]", "drop=0,0.3,0.5,0.6"]) as config:
+        SweepCallback().on_multirun_start(config)
+    assert Sweep.current is not None
+    Sweep.current.finish()
+    said = capsys.readouterr().err
+    assert "drop 0.3,0.6 is not in latency.drops" in said
+    assert "latency.drops=[0,0.3,0.5,0.6]" in said
+    with multirun([*settings, *fits, "latency.drops=[0,0.3,0.5,0.6]", "drop=0,0.3,0.5,0.6"]) as config:
+        assert lone_sessions(compose_sweep(config).configs) is None
+    with multirun([*settings, "latency=none", "drop=0,0.3"]) as config:
+        assert lone_sessions(compose_sweep(config).configs) is None
 
 
 def test_other_sweepers_are_refused(settings: list[str]) -> None:
