@@ -43,7 +43,8 @@ _FOLLOWS_ANOTHER = (-signal.SIGTERM, -signal.SIGABRT)
 
 
 class RankFailed(RuntimeError):
-    """A rank of a launch died, or the launch took too long. The message holds the first failing rank's traceback.
+    """A rank of a launch died, or the launch took too long. The message's first line says what happened,
+    and the first failing rank's traceback follows.
 
     `rank` is that rank, or None when no single rank is to blame (a timeout, torchrun itself).
     """
@@ -217,7 +218,7 @@ def _failure(folder: Path, agent_code: int) -> Exception:
     if first in errors and errors[first]["user_error"] is not None:
         return UserError(errors[first]["user_error"])
     if first in errors:
-        message = f"rank {first} of {tp_size} failed:\n{errors[first]['traceback'].rstrip()}"
+        message = f"rank {first} of {tp_size} failed: {errors[first]['summary']}\n{errors[first]['traceback'].rstrip()}"
     else:
         message = f"rank {first} of {tp_size} {_how_ended(exits[first])} without a traceback"
         if exits[first] == -signal.SIGKILL:

@@ -24,7 +24,7 @@ from spd.data import load_samples
 from spd.errors import UserError
 from spd.families import family_of
 from spd.latency import measure_latency, summarise
-from spd.launch import check_port
+from spd.launch import RankFailed, check_port
 from spd.model import TensorParallelLM, load
 from spd.perplexity import perplexity
 from spd.plan import DropPlan, make_plan
@@ -116,6 +116,8 @@ def run_point(config: RunConfig, display: Display) -> Record:
         if is_disk_full(error):
             raise
         record["error"] = _describe(error, record, results)
+        if isinstance(error, RankFailed):
+            display.say(str(error))  # with that rank's own traceback
         display.say(f"failed: {record['error']}")
     record["environment"]["seconds"] = round(time.monotonic() - started, 3)
     if record["key"] is not None:

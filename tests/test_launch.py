@@ -65,7 +65,7 @@ def test_a_rank_that_raises_ends_the_launch_with_its_own_traceback(tmp_path: Pat
     assert time.monotonic() - start < 30
     message = str(caught.value)
     assert caught.value.rank == 1
-    assert message.startswith("rank 1 of 2 failed:\nTraceback")
+    assert message.startswith("rank 1 of 2 failed: ZeroDivisionError: this rank divided by zero\nTraceback")
     assert "ZeroDivisionError: this rank divided by zero" in message
     assert "launch_jobs.py" in message
     (folder,) = tmp_path.iterdir()

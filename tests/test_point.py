@@ -17,6 +17,7 @@ from rich.console import Console
 from spd import point, results, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
 from spd.errors import UserError
+from spd.launch import RankFailed
 from spd.progress import Display
 from spd.results import Record
 
@@ -270,6 +271,19 @@ def test_a_failure_says_why_and_is_tried_again(
     assert "in broken" in (folder / "traceback.txt").read_text()
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     assert run(config)["status"] == "done"
+
+
+def test_a_dead_rank_s_error_is_in_the_record_and_its_traceback_on_the_terminal(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch, output: io.StringIO
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise RankFailed("rank 1 of 2 failed: ValueError: no such block\nTraceback ...\n  in forward", rank=1)
+
+    monkeypatch.setattr(point, "measure_latency", dies)
+    config.latency.name, config.latency.prompt_length = LatencyKind.cpu, 16
+    record = run(config)
+    assert record["error"].startswith("RankFailed: rank 1 of 2 failed: ValueError: no such block (traceback in ")
+    assert "  in forward\n" in output.getvalue()
 
 
 def test_a_point_that_another_process_finished_meanwhile_is_done(
