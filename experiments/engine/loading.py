@@ -32,8 +32,8 @@ def make_checkpoint(folder: Path) -> int:
     """Writes random bfloat16 weights of the config, one file a block; returns their bytes."""
     CONFIG.dtype = torch.bfloat16
     CONFIG.save_pretrained(folder)
-    for file in SMALL_MODEL.glob("token*"):
-        shutil.copy(file, folder)
+    for tokenizer in SMALL_MODEL.glob("token*"):
+        shutil.copy(tokenizer, folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(CONFIG).named_parameters()}
     files: dict[str, dict[str, torch.Size]] = {}
