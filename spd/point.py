@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spd import checkpoint
-from spd.checkpoint import read_config
+from spd.checkpoint import Checkpoint, read_config
 from spd.config import Device, LatencyKind, RunConfig, Tracker, dump_yaml, find_path, need_path, to_dict
 from spd.data import load_samples
 from spd.errors import UserError
@@ -27,7 +27,7 @@ from spd.latency import measure_latency, summarise
 from spd.launch import RankFailed, check_port
 from spd.model import TensorParallelLM, load
 from spd.perplexity import perplexity
-from spd.plan import DropPlan, make_plan
+from spd.plan import PLAN_FILE, DropPlan, make_plan
 from spd.progress import Display
 from spd.results import FORMAT, Record, Results, digest, environment, file_digest, hardware, is_disk_full, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
@@ -65,12 +65,20 @@ def check(config: RunConfig, here: bool = True) -> None:
         here: whether the point will run on this machine; if not, its port and device are not looked at.
 
     Raises:
-        UserError: the checkpoint is incomplete, its family unknown, tp_size does not cut it evenly, a text is empty or
-            shorter than a sequence, a sequence too long for the model, the port taken, or the device not there.
+        UserError: the checkpoint is incomplete or cut short, its family unknown, tp_size does not cut it evenly or is
+            not that of the plan in it, a text is empty or shorter than a sequence, a sequence too long for the model,
+            the port taken, or the device not there.
     """
     folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
     hf = read_config(folder)
-    check_tp_size(family_of(hf), hf, config.parallel.tp_size)
+    tp_size = config.parallel.tp_size
+    check_tp_size(family_of(hf), hf, tp_size)
+    Checkpoint(folder)  # opens every weight file, reads headers only
+    if (folder / PLAN_FILE).is_file() and (made_for := DropPlan.load(folder / PLAN_FILE).tp_size) != tp_size:
+        raise UserError(
+            f"{folder} was saved with a plan for tp_size={made_for}, and parallel.tp_size={tp_size}; "
+            f"write parallel.tp_size={made_for}, or give the original checkpoint."
+        )
     lengths = {"data.sequence_length": config.data.sequence_length}
     if config.latency.name is not LatencyKind.none:
         both = config.latency.prompt_length + config.latency.new_tokens

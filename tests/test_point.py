@@ -18,8 +18,10 @@ from spd import point, results, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
 from spd.errors import UserError
 from spd.launch import RankFailed
+from spd.plan import PLAN_FILE, ModelIdentity, make_plan
 from spd.progress import Display
 from spd.results import Record
+from spd.sensitivity import SensitivityReport
 
 TASK = """task: tiny_words
 dataset_path: json
@@ -388,6 +390,38 @@ def test_what_cannot_work_is_refused_before_any_work(config: RunConfig, change: 
     with pytest.raises(UserError, match=said):
         point.check(config)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def own_model(config: RunConfig, tmp_path: Path) -> Path:
+    """The tiny model in a folder that a test may change."""
+    folder = shutil.copytree(config.model.path, tmp_path / "own_model")
+    config.model.path = str(folder)
+    return folder
+
+
+def test_weights_that_are_cut_short_or_missing_are_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
+    point.check(config)
+    weights = own_model / "model.safetensors"
+    index = {"weight_map": {"a": weights.name, "b": "model-2.safetensors"}}
+    (own_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-2\.safetensors is named by the weight index but missing"):
+        point.check(config)
+    (own_model / "model.safetensors.index.json").unlink()
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or was cut short"):
+        point.check(config)
+
+
+def test_a_checkpoint_with_a_plan_for_another_tp_size_is_refused_before_any_work(
+    config: RunConfig, own_model: Path
+) -> None:
+    report = SensitivityReport("suffix", 2, [0.1, 0.2, 0.3], 3.0, 10, ModelIdentity("llama", 3, 32, "cafe"))
+    make_plan(report, drop=0.5).save(own_model / PLAN_FILE)
+    with pytest.raises(UserError, match=r"plan for tp_size=2.*write parallel\.tp_size=2"):
+        point.check(config)
+    config.parallel.tp_size = 2
+    point.check(config)
 
 
 def test_progress_is_lines_but_not_thousands_where_there_is_no_terminal(output: io.StringIO) -> None:
