@@ -11,12 +11,14 @@ repeats within one do: the launch is the unit of replication, and intervals are 
 import gc
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from spd.errors import UserError
 from spd.launch import Progress, run_ranks, threads_per_rank
@@ -45,6 +47,8 @@ def measure_latency(
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time every arm of `checkpoint` on `tp_size` CPU ranks, in `launches` separate launches.
+
+    A launch waits while another one runs on this machine, whoever started it.
 
     Args:
         checkpoint: a Hugging Face folder.
@@ -121,19 +125,20 @@ def measure_latency(
         **{metric: {arm: [] for arm in arms} for metric in METRICS},
     }
     for launch in range(launches):
-        # What else runs is no part of the result, but a reader has to know: waits grow with it.
-        session["busy_percent"].append(psutil.cpu_percent(interval=0.5))
-        start = time.monotonic()
-        times = run_ranks(
-            "spd.latency:measure_rank",
-            {"checkpoint": str(checkpoint.resolve()), "arms": arms, "seed": launch, **settings},
-            tp_size=tp_size,
-            port=port,
-            timeout_s=timeout_s,
-            log_dir=log_dir,
-            on_progress=_shifted(on_progress, launch * repeats, launches * repeats),
-        )
-        session["launch_s"].append(round(time.monotonic() - start, 3))
+        with FileLock(_lock_file(), mode=0o666):  # two launches at once would time each other
+            # What else runs is no part of the result, but a reader has to know: waits grow with it.
+            session["busy_percent"].append(psutil.cpu_percent(interval=0.5))
+            start = time.monotonic()
+            times = run_ranks(
+                "spd.latency:measure_rank",
+                {"checkpoint": str(checkpoint.resolve()), "arms": arms, "seed": launch, **settings},
+                tp_size=tp_size,
+                port=port,
+                timeout_s=timeout_s,
+                log_dir=log_dir,
+                on_progress=_shifted(on_progress, launch * repeats, launches * repeats),
+            )
+            session["launch_s"].append(round(time.monotonic() - start, 3))
         session["scheduling"].append(times["scheduling"])
         for metric in METRICS:
             for arm in arms:
@@ -141,6 +146,11 @@ def measure_latency(
         if on_progress is not None:
             on_progress((launch + 1) * repeats, launches * repeats)
     return session
+
+
+def _lock_file() -> Path:
+    """What is locked while a launch runs, by all users and checkouts of this machine."""
+    return Path(tempfile.gettempdir()) / "spd-latency.lock"
 
 
 def _shifted(on_progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -1,15 +1,31 @@
 """CPU latency: one real session of two ranks, and the statistics on numbers made up here."""
 
 import json
+import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from spd import latency
 from spd.errors import UserError
 from spd.latency import _median_and_interval, _order_statistics, arm_order, measure_latency, measure_rank, summarise
+
+SETTINGS: dict[str, Any] = dict(
+    dtype=None,
+    prompt_length=8,
+    new_tokens=1,
+    batch_size=1,
+    launches=1,
+    repeats=1,
+    warmup=0,
+    realtime=True,
+    timeout_s=60,
+)
 
 
 def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
@@ -41,6 +57,27 @@ def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
     assert (entry["source"], entry["backend"], entry["device"]) == ("measured", "gloo", "cpu")
     assert entry["launches"] == 2
     assert entry["ttft_ms"]["median"] == np.median([np.median(times) for times in session["ttft_ms"]["all"]])
+
+
+def test_launches_of_one_machine_never_overlap(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    running, most = [0], [0]
+
+    def launch(function: str, arguments: dict[str, Any], **_: Any) -> dict[str, Any]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.1)
+        running[0] -= 1
+        return {"scheduling": "default", "ttft_ms": {"dense": [1.0]}, "tpot_ms": {"dense": [1.0]}}
+
+    monkeypatch.setattr(latency, "run_ranks", launch)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    settings = SETTINGS | {"launches": 2}
+    with ThreadPoolExecutor() as pool:
+        sessions = [pool.submit(measure_latency, tiny_llama, 2, {"dense": []}, **settings) for _ in range(2)]
+    assert [len(session.result()["launch_s"]) for session in sessions] == [2, 2]
+    assert most == [1]
 
 
 def test_every_family_can_be_timed(
