@@ -6,6 +6,7 @@ Each of these steps is cached by what determines it, so a point that was stopped
 """
 
 import logging
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -228,6 +229,7 @@ class _Point:
             samples = _load_samples(self.config, "heldout_path", self.model.tokenizer)
             self.display.step("measuring perplexity")
             value = perplexity(self.prepared, samples)
+            assert math.isfinite(value), f"perplexity {value}"  # JSON would keep it as a gap in a finished record
             return {"value": value, "tokens": samples.shape[0] * (samples.shape[1] - 1)}
 
         parts = {

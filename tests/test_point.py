@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import WORDS
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from spd import point, results, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
@@ -316,6 +317,29 @@ def test_what_the_user_can_mend_is_one_sentence(config: RunConfig, run: Any, tmp
     assert record["status"] == "failed"
     assert "model.safetensors is damaged or was cut short" in record["error"]
     assert not list((tmp_path / "runs" / "points").glob("*/traceback.txt"))
+
+
+def test_a_model_whose_loss_is_not_a_number_is_a_failed_point(config: RunConfig, run: Any, own_model: Path) -> None:
+    weights = load_file(own_model / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, own_model / "model.safetensors", metadata={"format": "pt"})
+    config.strategy.order = Order.alone
+    record = run(config)
+    assert record["status"] == "failed"
+    assert "not finite" in record["error"]
+    assert record["perplexity"] is None
+    assert not list(Path(config.output_dir).glob("cache/*/*.json"))
+
+
+def test_a_perplexity_that_is_not_a_number_is_not_kept(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (float("nan"), float("inf")):
+        monkeypatch.setattr(point, "perplexity", lambda *_, value=value: value)
+        record = run(config)
+        assert record["status"] == "failed"
+        assert "perplexity" in record["error"]
+        assert not list(Path(config.output_dir).glob("cache/perplexity/*.json"))
 
 
 def test_ctrl_c_keeps_the_steps_that_are_done_and_nothing_half_written(
