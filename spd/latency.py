@@ -33,22 +33,23 @@ def measure_latency(
     tp_size: int,
     arms: dict[str, list[int]],
     *,
-    dtype: str | None = None,
-    prompt_length: int = 128,
-    new_tokens: int = 16,
-    batch_size: int = 1,
-    launches: int = 3,
-    repeats: int = 10,
-    warmup: int = 2,
-    realtime: bool = True,
+    dtype: str | None,
+    prompt_length: int,
+    new_tokens: int,
+    batch_size: int,
+    launches: int,
+    repeats: int,
+    warmup: int,
+    realtime: bool,
+    timeout_s: float,
     port: int = 0,
-    timeout_s: float = 600,
     log_dir: Path | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time every arm of `checkpoint` on `tp_size` CPU ranks, in `launches` separate launches.
 
-    A launch waits while another one runs on this machine, whoever started it.
+    A launch waits while another one runs on this machine, whoever started it. The settings without a default have
+    theirs in `spd.config.LatencyConfig`.
 
     Args:
         checkpoint: a Hugging Face folder.
@@ -64,8 +65,8 @@ def measure_latency(
         realtime: schedule the timed part of each rank first in, first out (SCHED_FIFO) where the system permits it, as
             for root; "scheduling" in the session says whether it did. Ranks wait for each other thousands of times a
             second, and where processes outnumber cores, ordinary time slices add milliseconds to some of these waits.
-        port: of the rendezvous; 0 picks a free one.
         timeout_s: seconds one launch may take, imports and loading included.
+        port: of the rendezvous; 0 picks a free one.
         log_dir: where the output of a launch that failed is kept.
         on_progress: called with (rounds done, rounds in all), a round being one repeat of every arm.
 

@@ -37,16 +37,17 @@ from spd.strategies import apply
 
 log = logging.getLogger(__name__)
 
-# What cannot change a result (names of places, ports, how long to wait) or is replaced by a hash of its contents.
+# What cannot change a result (names of options and places, ports, how long to wait), or is replaced by a hash of its
+# contents.
 _NOT_IN_KEY: dict[str, set[str] | None] = {
     "tracker": None,
     "sweep": None,
     "output_dir": None,
-    "parallel": {"port"},
+    "parallel": {"name", "port"},
     "latency": {"timeout_s"},
     "model": {"path"},
-    "data": {"path", "heldout_path"},
-    "eval": {"include_path"},
+    "data": {"name", "path", "heldout_path"},
+    "eval": {"name", "include_path"},
 }
 
 

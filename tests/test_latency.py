@@ -1,10 +1,12 @@
 """CPU latency: one real session of two ranks, and the statistics on numbers made up here."""
 
+import dataclasses
 import json
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from spd import latency
+from spd.config import LatencyConfig
 from spd.errors import UserError
 from spd.latency import _median_and_interval, _order_statistics, arm_order, measure_latency, measure_rank, summarise
 
@@ -34,12 +37,7 @@ def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
         tiny_llama,
         2,
         {"dense": [], "half": [2], "all": [0, 1, 2]},
-        prompt_length=8,
-        new_tokens=2,
-        batch_size=2,
-        launches=2,
-        repeats=3,
-        warmup=1,
+        **SETTINGS | dict(new_tokens=2, batch_size=2, launches=2, repeats=3, warmup=1),
         on_progress=lambda done, total: progress.append((done, total)),
     )
     session = json.loads(json.dumps(session))
@@ -102,7 +100,7 @@ def test_every_family_can_be_timed(
 
 def test_a_block_that_does_not_exist_is_refused_before_any_launch(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match=r"drops block 7, but .* has blocks 0 to 2"):
-        measure_latency(tiny_llama, 1, {"dense": [], "odd": [1, 7]}, prompt_length=4, new_tokens=1)
+        measure_latency(tiny_llama, 1, {"dense": [], "odd": [1, 7]}, **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +115,14 @@ def test_a_block_that_does_not_exist_is_refused_before_any_launch(tiny_llama: Pa
 def test_settings_that_cannot_be_are_refused_before_any_launch(
     tiny_llama: Path, changes: dict[str, Any], message: str
 ) -> None:
-    settings: dict[str, Any] = {"prompt_length": 8, "new_tokens": 1} | changes
     with pytest.raises(UserError, match=message):
-        measure_latency(tiny_llama, 2, {"dense": []}, **settings)
+        measure_latency(tiny_llama, 2, {"dense": []}, **SETTINGS | changes)
+
+
+def test_a_setting_has_its_default_in_the_configuration_and_nowhere_else() -> None:
+    ours = {item.name for item in dataclasses.fields(LatencyConfig)} & set(signature(measure_latency).parameters)
+    assert ours == set(SETTINGS) - {"dtype"}
+    assert all(signature(measure_latency).parameters[name].default is Parameter.empty for name in SETTINGS)
 
 
 @pytest.mark.parametrize("num_arms", [1, 2, 3, 7])
