@@ -81,7 +81,8 @@ class Sweep:
             path = Path(json.loads((job / POINTER_FILE).read_text(encoding="utf-8"))["record"])
             record = read_record(path)
             if determining(record["config"]) == determining(settings):
-                return record
+                # What was found before may have been found under other names and places.
+                return {**record, "config": settings}
             why = f"its job left the record of another configuration, {path}"
         except (FileNotFoundError, ValueError, KeyError):
             why = f"its job left no record: it was killed, or still runs; see {job} and the launcher's logs"

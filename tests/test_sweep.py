@@ -237,6 +237,15 @@ def test_a_record_of_another_configuration_is_not_taken_for_a_point_s(sweep: Swe
     assert sweep.records()[0]["status"] == "done", "where a record is kept is no part of it"
 
 
+def test_a_point_done_before_under_another_path_is_on_the_line_of_the_others(sweep: Sweep) -> None:
+    finish_job(sweep, 0)
+    for config in sweep.configs:
+        config.model.path = "moved"
+    finish_job(sweep, 1)
+    assert [record["status"] for record in sweep.records()][:2] == ["done", "done"]
+    assert {record["config"]["model"]["path"] for record in sweep.records()} == {"moved"}
+
+
 def test_a_figure_that_fails_does_not_lose_the_table(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
