@@ -173,9 +173,24 @@ def compose(config: DictConfig) -> Sweep:
         except UserError as error:
             which = f"The point {' '.join(one)}; none of the {len(overrides)} points was started."
             raise UserError(f"{error}\n({which})") from error
+    _check_cores(config, configs)
     for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
         point.check(distinct, here=_runs_here(config))
     return Sweep(folder, overrides, configs)
+
+
+def _check_cores(config: DictConfig, configs: list[RunConfig]) -> None:
+    """Raises UserError when a job of the launcher has fewer cores than ranks to time.
+
+    A launcher's settings are one for all jobs: `${parallel.tp_size}` there is not each point's own.
+    """
+    cores = config.hydra.launcher.get("cpus_per_task")
+    ranks = max((one.parallel.tp_size for one in configs if one.latency.name is not LatencyKind.none), default=0)
+    if cores is not None and cores < ranks:
+        raise UserError(
+            f"hydra.launcher.cpus_per_task={cores} is less than the {ranks} ranks whose latency the sweep measures, "
+            f"and it is one number for all jobs; write hydra.launcher.cpus_per_task={ranks}."
+        )
 
 
 def lone_sessions(configs: list[RunConfig]) -> str | None:

@@ -104,6 +104,19 @@ def test_one_wrong_point_refuses_the_whole_sweep(settings: list[str], wrong: str
     assert not (tmp_path / "runs").exists()
 
 
+def test_cluster_jobs_with_fewer_cores_than_ranks_to_time_are_refused(settings: list[str]) -> None:
+    sizes = [*settings, "hydra/launcher=slurm", "parallel=tp2,tp8"]
+    fits = ["latency=cpu", "latency.prompt_length=8"]
+    with multirun([*sizes, *fits]) as config, pytest.raises(UserError) as refused:
+        compose_sweep(config)
+    assert "hydra.launcher.cpus_per_task=4 is less than the 8 ranks" in str(refused.value)
+    assert "write hydra.launcher.cpus_per_task=8" in str(refused.value)
+    with multirun([*sizes, *fits, "hydra.launcher.cpus_per_task=8"]) as config:
+        assert len(compose_sweep(config).configs) == 2
+    with multirun([*sizes, "latency=none"]) as config:
+        assert len(compose_sweep(config).configs) == 2
+
+
 def test_points_that_time_sessions_of_their_own_are_said_with_what_would_time_them_together(
     settings: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
