@@ -133,6 +133,8 @@ class SweepCallback(Callback):
         except HydraError as error:
             raise SystemExit(f"Error: {explain(error)}") from error
         except Exception as error:
+            if is_disk_full(error):
+                raise SystemExit(f"Error: nothing more can be written ({error}). Make room.") from error
             raise SystemExit(traceback.format_exc()) from error
         Sweep.current = sweep
         note = lone_sessions(sweep.configs)

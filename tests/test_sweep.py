@@ -1,5 +1,6 @@
 """A sweep as a whole: checked before it starts, summed up after it ends, whatever its jobs did."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -228,6 +229,17 @@ def test_a_table_and_a_figure_of_an_earlier_sweep_are_not_taken_for_this_one_s(s
     assert not list(sweep.folder.glob("*.csv")) + list(sweep.folder.glob("*.png")) + list(sweep.folder.glob("*/*.json"))
     shorter.finish()  # no point of it is done, so there is nothing to draw
     assert "curve.png" not in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_before_the_first_point(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with multirun([*settings, "drop=0,1"]) as config, pytest.raises(SystemExit) as stopped:
+        SweepCallback().on_multirun_start(config)
+    assert "nothing more can be written" in str(stopped.value)
+    assert "Traceback" not in str(stopped.value)
 
 
 def test_two_sweeps_of_one_name_do_not_run_at_once(sweep: Sweep, settings: list[str]) -> None:
