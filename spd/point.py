@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spd import checkpoint
-from spd.checkpoint import Checkpoint, read_config
+from spd.checkpoint import Checkpoint, read_config, read_tokenizer
 from spd.config import Device, LatencyKind, RunConfig, Tracker, dump_yaml, find_path, need_path, to_dict
 from spd.data import load_samples
 from spd.errors import UserError
@@ -94,7 +94,7 @@ def check(config: RunConfig, here: bool = True) -> None:
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
     for setting in ("path", "heldout_path"):
-        _load_samples(config, setting, AutoTokenizer.from_pretrained(folder))
+        _load_samples(config, setting, read_tokenizer(folder))
 
 
 def run_point(config: RunConfig, display: Display) -> Record:

@@ -438,6 +438,12 @@ def test_weights_that_are_cut_short_or_missing_are_refused_before_any_work(confi
         point.check(config)
 
 
+def test_a_damaged_tokenizer_is_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
+    (own_model / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        point.check(config)
+
+
 def test_a_checkpoint_with_a_plan_for_another_tp_size_is_refused_before_any_work(
     config: RunConfig, own_model: Path
 ) -> None:
