@@ -74,7 +74,9 @@ class Block(nn.Module):
         """The block's output with the sync point after attention dropped, from `X` and `P_i`: one sync point."""
         residual = _plus(x, self.attention_bias)
         outputs = (
-            p + self.family.mlp(shard, self.norm2(residual + p)) for shard, p in zip(self.shards, partials, strict=True)
+            # In place on the MLP's own output: with many virtual ranks fresh memory costs as much as the arithmetic.
+            self.family.mlp(shard, self.norm2(residual + p)).add_(p)
+            for shard, p in zip(self.shards, partials, strict=True)
         )
         return residual + _plus(self.ranks.sum(outputs), self.mlp_bias)
 

@@ -42,4 +42,7 @@ def to_perplexity(loss: float, tokens: int) -> float:
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> float:
     """Summed loss of logits [B, T, V] at predicting each of the ids [B, T] but the first."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
+    # The last position predicts nothing; left in and ignored, as cutting it off would copy all logits.
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = -100
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()

@@ -23,7 +23,7 @@ from spd.results import environment
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "reference/models"
-TP_SIZE, REPEATS = 8, 15
+TP_SIZE, REPEATS = 8, 9
 
 
 def seconds(work: Callable[[], Any]) -> float:
