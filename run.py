@@ -32,14 +32,14 @@ def main(composed: DictConfig) -> None:
     """Runs one point, here or as a job of a sweep."""
     quiet()
     # Imported late: a refused configuration should not wait for torch. A Slurm job gets this function by value.
-    from spd import point
+    from spd import inputs, point
 
     alone = HydraConfig.get().mode == RunMode.RUN
     job_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = from_hydra(composed)
         if alone:  # the points of a sweep are checked together, before the first one starts
-            point.check(config)
+            inputs.check(config)
     except UserError as error:
         if alone:
             raise SystemExit(f"Error: {error}") from error  # Hydra would print more than the sentence

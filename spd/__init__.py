@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from spd.plan import make_plan as make_plan
     from spd.sensitivity import SensitivityReport as SensitivityReport
     from spd.sensitivity import measure_sensitivity as measure_sensitivity
-    from spd.strategies import apply as apply
+    from spd.strategies.recovery import apply as apply
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOMES = {
     "make_plan": "spd.plan",
     "SensitivityReport": "spd.sensitivity",
     "measure_sensitivity": "spd.sensitivity",
-    "apply": "spd.strategies",
+    "apply": "spd.strategies.recovery",
 }
 __all__ = ["__version__", *_HOMES]
 

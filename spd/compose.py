@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from spd.config import RunConfig, need_path
 from spd.errors import UserError
 
-_DISTILLATION = "it comes with block-to-block distillation in a later version; write strategy=zs"
 _OFFICIAL_TASKS = (
     "the official benchmarks come in a later version; write eval=reference (nine tasks of the reference models) "
     "or eval=reference_zero_shot, or name lm-eval tasks of your own with eval.tasks and eval.include_path"
@@ -25,8 +25,6 @@ _OFFICIAL_TASKS = (
 _INTERCONNECTS = "emulated interconnects come in a later version; write interconnect=native (this machine's own)"
 
 NOT_YET = {
-    ("strategy", "zs_b2b"): _DISTILLATION,
-    ("strategy", "zs_b2b_hg"): "it comes with head grouping in a later version; write strategy=zs",
     ("eval", "zero_shot"): _OFFICIAL_TASKS,
     ("eval", "mmlu"): _OFFICIAL_TASKS,
     ("eval", "longbench"): _OFFICIAL_TASKS,
@@ -35,6 +33,8 @@ NOT_YET = {
     ("interconnect", "socket"): _INTERCONNECTS,
 }
 """Options that have a name in the paper's configurations and no implementation here yet: refused, never imitated."""
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
 
 HydraError = (HydraException, OmegaConfBaseException)
 """What Hydra and OmegaConf raise for a configuration they cannot compose; `explain` words it."""

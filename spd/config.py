@@ -1,7 +1,7 @@
 """The typed schema of everything in conf/: a docstring under each field gives unit, allowed values and why the default.
 
 `spd.compose` makes a RunConfig of what Hydra composed. Neither imports torch, so that a refused configuration costs a
-second and not ten.
+second and not ten; and this one not Hydra, as the engine takes settings too.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.config_store import ConfigStore
 
 from spd.errors import UserError
 
@@ -43,9 +42,14 @@ class Interconnect(Enum):
 
 
 class Strategy(Enum):
-    """What is done to dropped blocks."""
+    """What is done to dropped blocks, by their class (spd.plan.STRATEGIES)."""
 
     zs = "zs"
+    zs_b2b = "zs_b2b"
+    zs_b2b_hg = "zs_b2b_hg"
+    zs_hg = "zs_hg"
+    zs_correction = "zs_correction"
+    zs_correction_b2b = "zs_correction_b2b"
 
 
 class Order(Enum):
@@ -61,6 +65,17 @@ class Thresholds(Enum):
 
     tau = "tau"
     jumps = "jumps"
+
+
+class CorrectionKind(Enum):
+    """What predicts the attention that a rank lacks (spd.strategies.correction has the equations)."""
+
+    constant = "constant"
+    scale = "scale"
+    linear_x = "linear_x"
+    linear_p = "linear_p"
+    linear = "linear"
+    shift = "shift"
 
 
 class LatencyKind(Enum):
@@ -83,6 +98,43 @@ def _need(condition: bool, sentence: str) -> None:
 
 
 @dataclass
+class DistillationConfig:
+    learning_rate: float | None = None
+    """AdamW's peak learning rate; null takes the published one of the family: 1e-6 for OPT, 5e-5 for the others."""
+    epochs: int = 10
+    """Passes over the calibration samples. 10 as published."""
+    batch_size: int = 8
+    """Samples a step. The paper does not say; 8 of 2048 tokens fit beside a 70B block on one GPU of 80 GB."""
+
+    def check(self) -> None:
+        rate = self.learning_rate
+        _need(
+            rate is None or (math.isfinite(rate) and rate > 0),
+            f"model.distillation.learning_rate={rate} moves nothing; give a positive one, 5e-5 for instance.",
+        )
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            _need(value >= 1, f"model.distillation.{name}={value} is too small; give 1 or more.")
+
+
+@dataclass
+class CorrectionConfig:
+    kind: CorrectionKind = CorrectionKind.shift
+    """constant | scale | linear_x | linear_p | linear | shift, from the cheapest to the best."""
+    rank: int = 32
+    """Rank r of the linear maps; a rank multiplies r (features + D) numbers more a token."""
+    ridge: float = 1e-4
+    """Ridge penalty, relative to the mean variance of the features."""
+
+    def check(self) -> None:
+        _need(self.rank >= 1, f"strategy.correction.rank={self.rank} leaves no map; give 1 or more (32 by default).")
+        _need(
+            math.isfinite(self.ridge) and self.ridge > 0,
+            f"strategy.correction.ridge={self.ridge} cannot be; give a positive number, 1e-4 for instance.",
+        )
+
+
+@dataclass
 class ModelConfig:
     name: str = "model"
     """Name in tables, figures and W&B. Any text; it does not take part in what is computed."""
@@ -93,6 +145,8 @@ class ModelConfig:
     """float32 | float16 | bfloat16. float32 by default: exact on CPUs, where half types are slow."""
     device: Device = Device.cpu
     """cpu | cuda, for the virtual ranks. The processes of latency=cpu run on the CPU in any case."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """How its blocks are distilled, where the strategy asks for it: learning rates differ by model."""
 
     def check(self) -> None:
         _need(bool(self.name.strip()), "model.name is empty; give the name that tables should show.")
@@ -100,6 +154,7 @@ class ModelConfig:
             bool(self.path.strip()),
             "model.path is empty; give a Hugging Face model folder or a hub id, as in model.path=owner/name.",
         )
+        self.distillation.check()
 
 
 @dataclass
@@ -129,7 +184,9 @@ class InterconnectConfig:
 @dataclass
 class StrategyConfig:
     name: Strategy = Strategy.zs
-    """zs: dropped blocks keep their original weights (zero-shot, paper section 4)."""
+    """zs: dropped blocks keep their original weights (zero-shot, paper section 4) | zs_b2b: sensitive ones are
+    distilled | zs_b2b_hg: and the extremely sensitive ones have their heads grouped anew before | zs_hg: grouped anew
+    only | zs_correction: sensitive ones are corrected in closed form | zs_correction_b2b: corrected, then distilled."""
     order: Order = Order.suffix
     """suffix: block i with all later ones (the paper's Algorithm 1, default) | alone: block i only | front: block i
     with all earlier ones."""
@@ -139,6 +196,8 @@ class StrategyConfig:
     """Perplexity. Blocks up to tau1 are in-sensitive (ISB). Published value."""
     tau2: float = 10.0
     """Perplexity. Blocks above tau2 are extremely sensitive (ESB), those between sensitive (SB). Published value."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Of zs_correction and zs_correction_b2b."""
 
     def check(self) -> None:
         for name, value in (("tau1", self.tau1), ("tau2", self.tau2)):
@@ -148,6 +207,7 @@ class StrategyConfig:
             f"strategy.tau1={self.tau1:g} is above strategy.tau2={self.tau2:g}; "
             "tau1 bounds the in-sensitive blocks and must not exceed tau2 (published: 0.05 and 10).",
         )
+        self.correction.check()
 
 
 @dataclass
@@ -188,12 +248,19 @@ class DataConfig:
     heldout_path: str = ""
     """Text for the reported perplexity; should share nothing with `path`."""
     samples: int = 32
-    """Sequences drawn from each text."""
+    """Sequences drawn from each text, for sensitivities and perplexity."""
+    recovery_samples: int = 128
+    """Sequences drawn from the calibration text for distillation, head grouping and correction, of which the last
+    eighth is held out to judge them. 128 as published."""
     sequence_length: int = 256
     """Tokens per sequence. The paper's 128 samples of 2048 tokens are for models of billions of parameters."""
 
     def check(self) -> None:
         _need(self.samples >= 1, f"data.samples={self.samples} is no number of sequences; give 1 or more.")
+        _need(
+            self.recovery_samples >= 8,
+            f"data.recovery_samples={self.recovery_samples} is too little to hold an eighth out; give 8 or more.",
+        )
         _need(
             self.sequence_length >= 2,
             f"data.sequence_length={self.sequence_length} leaves nothing to predict; give 2 tokens or more.",
@@ -287,9 +354,6 @@ class RunConfig:
             f"sweep={self.sweep!r} cannot name a folder; use letters, digits, and any of . _ + -",
         )
         _need(bool(self.output_dir.strip()), "output_dir is empty; give a folder, as in output_dir=runs.")
-
-
-ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def load_samples(
     """Random windows of a text: token ids [samples, sequence_length].
 
     The documents are tokenized as the tokenizer does by default (with its BOS, if it has one), each ends with the EOS
-    token, and all are joined; windows start anywhere and may overlap.
+    token, and all are joined. Windows do not overlap, so that some of them can judge what was learned from the others,
+    as long as the text has room for so many; in a shorter text they start anywhere.
 
     Args:
         path: a text file, one document a line, or a .jsonl file with a "text" field in each line.
@@ -42,8 +43,14 @@ def load_samples(
             "give a longer text or a shorter data.sequence_length."
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - sequence_length + 1, (samples, 1), generator=generator)
-    return torch.tensor(tokens)[starts + torch.arange(sequence_length)]
+    places, rest = divmod(len(tokens), sequence_length)
+    if samples <= places:
+        # Side by side from a random first token on.
+        begin = int(torch.randint(rest + 1, (), generator=generator))
+        starts = begin + sequence_length * torch.randperm(places, generator=generator)[:samples]
+    else:
+        starts = torch.randint(len(tokens) - sequence_length + 1, (samples,), generator=generator)
+    return torch.tensor(tokens)[starts[:, None] + torch.arange(sequence_length)]
 
 
 def _read_documents(path: Path) -> list[str]:

@@ -42,6 +42,7 @@ def measure_latency(
     warmup: int,
     realtime: bool,
     timeout_s: float,
+    corrections: Path | None = None,
     port: int = 0,
     log_dir: Path | None = None,
     on_progress: Progress | None = None,
@@ -66,6 +67,7 @@ def measure_latency(
             for root; "scheduling" in the session says whether it did. Ranks wait for each other thousands of times a
             second, and where processes outnumber cores, ordinary time slices add milliseconds to some of these waits.
         timeout_s: seconds one launch may take, imports and loading included.
+        corrections: file of corrections (`TensorParallelLM.save_corrections`) that dropped blocks run with.
         port: of the rendezvous; 0 picks a free one.
         log_dir: where the output of a launch that failed is kept.
         on_progress: called with (rounds done, rounds in all), a round being one repeat of every arm.
@@ -125,6 +127,7 @@ def measure_latency(
         "busy_percent": [],
         **{metric: {arm: [] for arm in arms} for metric in METRICS},
     }
+    fix = None if corrections is None else str(corrections.resolve())
     for launch in range(launches):
         with FileLock(_lock_file(), mode=0o666):  # two launches at once would time each other
             # What else runs is no part of the result, but a reader has to know: waits grow with it.
@@ -132,7 +135,13 @@ def measure_latency(
             start = time.monotonic()
             times = run_ranks(
                 "spd.latency:measure_rank",
-                {"checkpoint": str(checkpoint.resolve()), "arms": arms, "seed": launch, **settings},
+                {
+                    "checkpoint": str(checkpoint.resolve()),
+                    "arms": arms,
+                    "seed": launch,
+                    "corrections": fix,
+                    **settings,
+                },
                 tp_size=tp_size,
                 port=port,
                 timeout_s=timeout_s,
@@ -173,6 +182,8 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
     model = spd.load(
         settings["checkpoint"], tp_size=settings["tp_size"], ranks="processes", dtype=settings["dtype"], device="cpu"
     )
+    if settings.get("corrections"):
+        model.load_corrections(Path(settings["corrections"]))
     generator = torch.Generator().manual_seed(settings["seed"])
     shape = (settings["batch_size"], settings["prompt_length"])
     prompt = torch.randint(model.config.vocab_size, shape, generator=generator)  # [B, T]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,8 @@ from spd.errors import UserError
 from spd.families import Family, family_of
 from spd.plan import PLAN_FILE, DropPlan
 from spd.ranks import ProcessRanks, Ranks, VirtualRanks
-from spd.sharding import BlockReader, Cut, check_tp_size, merge
+from spd.sharding import BlockReader, Cut, InCheckpoint, InMemory, Kind, Source, check_tp_size, merge
+from spd.strategies.correction import CORRECTION_FILE, Correction, TokenBefore
 
 
 def load(
@@ -75,8 +77,7 @@ def load(
     model = TensorParallelLM(checkpoint, config, family, who, parse_dtype(dtype, config), where)
     if plan is not None:
         plan.check_fits(model)
-        model.plan = plan
-        model.drop(plan.dropped)
+        model.take_over(plan)
     return model
 
 
@@ -117,21 +118,21 @@ class TensorParallelLM(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.folder, self.config, self.family, self.ranks = checkpoint.folder, config, family, ranks
+        self.checkpoint, self.folder = checkpoint, checkpoint.folder
+        self.config, self.family, self.ranks = config, family, ranks
         self.plan: DropPlan | None = None
         with torch.device("meta"):
             self.hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.hf.eval()
         checkpoint.expect({name: tuple(weight.shape) for name, weight in self.hf.named_parameters()})
         self._load_outside_blocks(checkpoint, dtype, device)
-        self._load_blocks(checkpoint, dtype, device)
+        self._load_blocks(dtype, device)
         if (checkpoint.folder / "generation_config.json").is_file():
             self.hf.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
 
     def _load_outside_blocks(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        inside = f"{self.family.decoder}.layers."
         for name, _ in list(self.hf.named_parameters()):
-            if not name.startswith(inside):
+            if not name.startswith(self._layers):
                 module_name, _, leaf = name.rpartition(".")
                 tensor = checkpoint.read(name).to(device, dtype)
                 module = self.hf.get_submodule(module_name)
@@ -142,25 +143,61 @@ class TensorParallelLM(nn.Module):
         if hasattr(decoder, "rotary_emb"):  # its frequencies are computed, not stored
             decoder.rotary_emb = type(decoder.rotary_emb)(self.config).to(device)
 
-    def _load_blocks(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def _load_blocks(self, dtype: torch.dtype, device: torch.device) -> None:
         self.cuts = [Cut.of_rank(self.family, self.config, self.tp_size, rank) for rank in self.ranks.local]
         layer_type = type(self.decoder.layers[0])
-        reader = BlockReader(checkpoint, self.family, self.hf.config, layer_type, self.cuts, dtype, device)
-        blocks = []
-        for i in range(self.num_blocks):
-            shards, biases = reader.read(i)
-            biases_of = biases.get("attention_output"), biases.get("mlp_output")
-            blocks.append(Block(shards, self.family, self.ranks, *biases_of))
+        self._reader = BlockReader(self.family, self.hf.config, layer_type, self.cuts)
+        self._recovered: dict[int, Block] = {}
+        self._original_elsewhere: set[int] = set()
+        blocks = [self.read_block(i, dtype=dtype, device=device) for i in range(self.num_blocks)]
         self.decoder.layers = nn.ModuleList(blocks)
-        if len(self.cuts) > 1:
-            for block in self.blocks:
-                block.register_forward_pre_hook(self._make_room_in_cache, with_kwargs=True)
+
+    def read_block(
+        self,
+        i: int,
+        tensors: dict[str, Tensor] | None = None,
+        correction: Correction | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Block:
+        """A new block `i` for the ranks of this process, from the checkpoint; the model itself stays as it is.
+
+        Args:
+            tensors: the layer's whole tensors by their names in it, to be used instead of the checkpoint's.
+            correction: of the block while it is dropped.
+            dtype, device: by default the model's.
+        """
+        source: Source = InCheckpoint(self.checkpoint, f"{self._layers}{i}.") if tensors is None else InMemory(tensors)
+        shards, biases = self._reader.read(i, source, dtype or self.dtype, device or self.device)
+        biases_of = biases.get("attention_output"), biases.get("mlp_output")
+        block = Block(shards, self.family, self.ranks, *biases_of, correction)
+        if correction is not None:
+            correction.cache_slot = self.num_blocks * len(self.cuts) + i
+        block.register_forward_pre_hook(self._make_room_in_cache, with_kwargs=True)
+        return block
+
+    def layer_tensors(self, block: Block) -> dict[str, Tensor]:
+        """The whole tensors of a block of all ranks, by their names in the Hugging Face layer."""
+        biases: dict[Kind, nn.Parameter | None] = {
+            "attention_output": block.attention_bias,
+            "mlp_output": block.mlp_bias,
+        }
+        return merge(list(block.shards), {kind: bias for kind, bias in biases.items() if bias is not None}, self.cuts)
+
+    @property
+    def _layers(self) -> str:
+        return f"{self.family.decoder}.layers."
 
     def _make_room_in_cache(self, block: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
-        # Hugging Face makes a cache with one slot a block; every virtual rank needs its own (see BlockReader.shards).
+        # Hugging Face makes a cache with one slot a block. Every virtual rank needs its own (see BlockReader.read), and
+        # corrections that look a token back have theirs behind these.
         cache: Cache | None = inputs.get("past_key_values")
-        if cache is not None:
-            cache.layers.extend(DynamicLayer() for _ in range(self.num_blocks * len(self.cuts) - len(cache.layers)))
+        if cache is None:
+            return
+        ranks = self.num_blocks * len(self.cuts)
+        cache.layers.extend(DynamicLayer() for _ in range(ranks - len(cache.layers)))
+        if block.correction is not None:
+            cache.layers.extend(TokenBefore() for _ in range(ranks + self.num_blocks - len(cache.layers)))
 
     @property
     def decoder(self) -> Any:
@@ -216,10 +253,36 @@ class TensorParallelLM(nn.Module):
         strangers = sorted(set(blocks) - set(range(self.num_blocks)))
         if strangers:
             raise UserError(f"There is no block {strangers[0]}; this model's blocks are 0 to {self.num_blocks - 1}.")
+        lost = sorted(self._original_elsewhere - set(blocks))
+        if lost:
+            raise UserError(
+                f"Block {lost[0]} of {self.folder} was distilled to run dropped, and its original weights are not "
+                "there any more; load the original model to run it undropped."
+            )
+        for i, block in enumerate(self.blocks):
+            recovered = self._recovered.get(i)
+            if recovered is not None and (recovered is block) != (i in blocks):
+                # Its original is not kept beside it: a model should not need the memory of two.
+                self.decoder.layers[i] = recovered if i in blocks else self.read_block(i)
         for i, block in enumerate(self.blocks):
             block.dropped = i in blocks
         if self.plan is not None and tuple(self.plan.dropped) != self.dropped:
             self.plan = None  # it no longer says what the model is
+
+    def take_over(self, plan: DropPlan) -> None:
+        """Makes of the model what `plan`, found in its own folder, says that it is."""
+        if (self.folder / CORRECTION_FILE).is_file():
+            self.load_corrections(self.folder / CORRECTION_FILE)
+        self._original_elsewhere = plan.distilled
+        self.drop(plan.dropped)
+        self.plan = plan
+
+    def recover(self, i: int, block: Block) -> None:
+        """From now on block `i` is this one whenever it is dropped, and the original whenever it is not."""
+        if self.blocks[i].dropped:
+            self.decoder.layers[i] = block
+            block.dropped = True
+        self._recovered[i] = block
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; `attention_mask` [B, T] has 0 at padding, on either side."""
@@ -286,20 +349,32 @@ class TensorParallelLM(nn.Module):
             self.hf.generation_config.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
             (self.plan or DropPlan.by_hand(self)).save(partial / PLAN_FILE)
+            self.save_corrections(partial / CORRECTION_FILE)
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def save_corrections(self, file: Path) -> None:
+        """Writes the corrections of the dropped blocks, of all ranks; nothing where there are none."""
+        tensors = {
+            f"{i}.{name}": tensor.contiguous()
+            for i in self.dropped
+            if (correction := self.blocks[i].correction) is not None
+            for name, tensor in correction.tensors().items()
+        }
+        if tensors:
+            save_file(tensors, file)
+
+    def load_corrections(self, file: Path) -> None:
+        """Reads what `save_corrections` wrote, for the ranks of this process; to be used by blocks while dropped."""
+        for i in range(self.num_blocks):
+            correction = Correction.load(file, i, self.ranks.local, self.dtype, self.device)
+            if correction is not None:
+                self.decoder.layers[i] = self.read_block(i, correction=correction)
+
     def _merged(self) -> dict[str, Tensor]:
-        inside = f"{self.family.decoder}.layers."
-        state = {name: p.data for name, p in self.hf.named_parameters() if not name.startswith(inside)}
+        state = {name: p.data for name, p in self.hf.named_parameters() if not name.startswith(self._layers)}
         for i, block in enumerate(self.blocks):
-            layer = merge(list(block.shards), self.cuts)
-            for module, bias in (
-                (self.family.attention_output, block.attention_bias),
-                (self.family.mlp_output, block.mlp_bias),
-            ):
-                if bias is not None:
-                    layer[f"{module}.bias"] = bias.data
-            state |= {f"{inside}{i}.{name}": tensor.contiguous() for name, tensor in layer.items()}
+            tensors = self.layer_tensors(block)
+            state |= {f"{self._layers}{i}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
         return state

@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 PLAN_FILE = "spd_plan.json"
 """Name of the plan inside a saved checkpoint."""
 
-STRATEGIES = ("zs",)
-"""Strategies this version can apply. Zero-shot (zs): dropped blocks keep their original weights."""
+STRATEGIES: dict[str, dict[str, str]] = {
+    "zs": {"ISB": "zs", "SB": "zs", "ESB": "zs"},
+    "zs_b2b": {"ISB": "zs", "SB": "b2b", "ESB": "b2b"},
+    "zs_b2b_hg": {"ISB": "zs", "SB": "b2b", "ESB": "hg+b2b"},
+    "zs_hg": {"ISB": "zs", "SB": "zs", "ESB": "hg"},
+    "zs_correction": {"ISB": "zs", "SB": "correction", "ESB": "correction"},
+    "zs_correction_b2b": {"ISB": "zs", "SB": "correction+b2b", "ESB": "correction+b2b"},
+}
+"""Strategy -> what is done to a dropped block of each class, step by step (paper, section 4; the corrections, and hg
+without b2b, are ours): zs nothing, hg head grouping, correction, b2b distillation."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class DropPlan:
     dropped: list[int]
     """Dropped blocks, ascending."""
     treatment: dict[int, str]
-    """Dropped block -> what is done to it: "zs"."""
+    """Dropped block -> what is done to it, as STRATEGIES has it: "zs", "hg+b2b", ..."""
     classes: dict[int, str]
     """Every block -> ISB, SB or ESB; empty for blocks dropped by hand."""
     tau1: float | None
@@ -55,7 +63,17 @@ class DropPlan:
     order: str | None
     """The sensitivity measure the blocks were ranked by; None, like the thresholds, for blocks dropped by hand."""
     source: ModelIdentity
-    format: int = field(default=1)
+    recovery: dict[str, Any] | None = None
+    """Settings, seed and calibration data that blocks were treated with, once the plan was applied."""
+    outcomes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Treated block -> what came of it (`spd.strategies.recovery`): "kept", the steps whose result it runs with, and
+    "loss", held out, before and after each step."""
+    format: int = field(default=2)
+
+    @property
+    def distilled(self) -> set[int]:
+        """Blocks whose weights are no longer the original function: they serve dropped only."""
+        return {block for block, outcome in self.outcomes.items() if "b2b" in outcome["kept"].split("+")}
 
     @classmethod
     def by_hand(cls, model: "TensorParallelLM") -> "DropPlan":
@@ -90,9 +108,9 @@ class DropPlan:
         """
         try:
             fields = json.loads(Path(path).read_text())
-            if fields["format"] != 1:
-                raise ValueError(f"format {fields['format']}, this version reads 1")
-            for name in ("treatment", "classes"):  # JSON has no integer keys
+            if fields["format"] != 2:
+                raise ValueError(f"format {fields['format']}, this version reads 2")
+            for name in ("treatment", "classes", "outcomes"):  # JSON has no integer keys
                 fields[name] = {int(block): value for block, value in fields[name].items()}
             return cls(**fields | {"source": ModelIdentity(**fields["source"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -129,7 +147,7 @@ def make_plan(
     Args:
         report: measured sensitivities of the model.
         drop: fraction n/L of blocks to drop, 0 to 1.
-        strategy: "zs", zero-shot.
+        strategy: one of STRATEGIES.
         tau1, tau2: perplexity increases that part ISB from SB and SB from ESB (published: 0.05 and 10).
         thresholds: "tau" uses tau1 and tau2, "jumps" finds both where the sorted sensitivities jump.
 
@@ -139,22 +157,21 @@ def make_plan(
     if not 0 <= drop <= 1:
         raise UserError(f"drop={drop} is outside 0..1; it is the fraction of blocks whose sync point is dropped.")
     if strategy not in STRATEGIES:
-        raise UserError(
-            f"strategy={strategy!r} is not available in this version; write one of {', '.join(STRATEGIES)}."
-        )
+        raise UserError(f"strategy={strategy!r} is not known; write one of {', '.join(STRATEGIES)}.")
     if thresholds == "jumps":
         tau1, tau2 = report.jumps()
     elif thresholds != "tau":
         raise UserError(f"thresholds={thresholds!r} is not known; write 'tau' or 'jumps'.")
     count = math.floor(drop * report.num_blocks + 0.5)  # round() would take 10.5 to 10 and 7.5 to 8
     dropped = sorted(report.ranked()[:count])
+    classes = report.classes(tau1, tau2)
     return DropPlan(
         tp_size=report.tp_size,
         strategy=strategy,
         drop=drop,
         dropped=dropped,
-        treatment=dict.fromkeys(dropped, "zs"),
-        classes=dict(enumerate(report.classes(tau1, tau2))),
+        treatment={block: STRATEGIES[strategy][classes[block]] for block in dropped},
+        classes=dict(enumerate(classes)),
         tau1=tau1,
         tau2=tau2,
         order=report.order,

@@ -2,7 +2,8 @@
 
     <output_dir>/points/<key>/config.yaml    written before anything is computed
     <output_dir>/points/<key>/result.json    the record, written once, at the end, atomically
-    <output_dir>/cache/<kind>/<key>.json     sensitivities, scores and latency sessions
+    <output_dir>/cache/<kind>/<key>.json     sensitivities, plans, scores and latency sessions
+    <output_dir>/cache/blocks/               treated blocks (spd.strategies.recovery)
     <output_dir>/sweeps/<sweep>/<job>/       which point a job of a sweep was, and its log
 
 A key is a hash of what determines the value, so what is done is never done again and nothing else is ever taken
@@ -32,7 +33,7 @@ from spd.config import ROOT
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
+FORMAT = 2
 """Version of records and caches. Raised when a change of the code changes what a configuration gives."""
 
 Record = dict[str, Any]

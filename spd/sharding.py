@@ -10,7 +10,7 @@ Legend: D hidden size, H query heads, K key/value heads, h head size, F MLP widt
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,36 +101,62 @@ def is_output(kind: Kind) -> bool:
     return kind in ("attention_output", "mlp_output")
 
 
+class Source(Protocol):
+    """Where the tensors of one layer are read from, by their name in the layer and slice by slice."""
+
+    def read(self, name: str, rows: slice = ..., columns: slice | None = ...) -> Tensor:
+        """The given rows and columns of a tensor, in memory of its own."""
+
+
+class InMemory:
+    """A `Source` of whole tensors, as `merge` gives them."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """The given rows and columns of a tensor, copied."""
+        tensor = self.tensors[name]
+        return (tensor[rows] if columns is None else tensor[rows, columns]).clone()
+
+
+class InCheckpoint:
+    """A `Source` of one layer's tensors in a checkpoint, where their names begin with `prefix`."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.checkpoint, self.prefix = checkpoint, prefix
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """The given rows and columns of a tensor; nothing else of it is read."""
+        return self.checkpoint.read(f"{self.prefix}{name}", rows, columns)
+
+
 class BlockReader:
-    """Reads the shards of single blocks from a checkpoint.
+    """Makes the shards of single blocks.
 
     Args:
-        checkpoint: where the weights are.
         family, config: what the model is.
         layer_type: the Hugging Face decoder layer class.
         cuts: one for each rank of this process.
-        dtype, device: of the shards.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        config: PretrainedConfig,
-        layer_type: type[nn.Module],
-        cuts: list[Cut],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.checkpoint, self.family, self.config, self.layer_type = checkpoint, family, config, layer_type
-        self.cuts, self.dtype, self.device = cuts, dtype, device
+    def __init__(self, family: Family, config: PretrainedConfig, layer_type: type[nn.Module], cuts: list[Cut]) -> None:
+        self.family, self.config, self.layer_type, self.cuts = family, config, layer_type, cuts
 
-    def read(self, block: int) -> tuple[list[nn.Module], dict[Kind, nn.Parameter]]:
+    def read(
+        self, block: int, source: Source, dtype: torch.dtype, device: torch.device
+    ) -> tuple[list[nn.Module], dict[Kind, nn.Parameter]]:
         """The layer of every local rank with that rank's slices only, and the output biases [D] there are, by kind.
 
         Ranks that hold the same slice (norms, repeated key/value heads) share one parameter. The cache slot of local
         rank `r` is `block + r L`: slot 0 to L-1 is what Hugging Face expects of an ordinary model.
         """
+
+        def parameter(name: str, kind: Kind, span: Span | None) -> nn.Parameter:
+            part = slice(None) if span is None else slice(*span)
+            tensor = source.read(name, slice(None), part) if is_output(kind) else source.read(name, part)
+            return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+
         read: dict[tuple[str, Span | None], nn.Parameter] = {}
         shards: list[nn.Module] = []
         biases: dict[Kind, nn.Parameter] = {}
@@ -144,11 +170,11 @@ class BlockReader:
                 if is_output(kind) and leaf == "bias":
                     module.register_parameter("bias", None)
                     if kind not in biases:
-                        biases[kind] = self._parameter(f"{self._prefix(block)}{name}", "whole", None)
+                        biases[kind] = parameter(name, "whole", None)
                     continue
                 key = (name, cut.span(kind))
                 if key not in read:
-                    read[key] = self._parameter(f"{self._prefix(block)}{name}", kind, key[1])
+                    read[key] = parameter(name, kind, key[1])
                 module.register_parameter(leaf, read[key])
                 if isinstance(module, nn.Linear) and leaf == "weight":
                     module.out_features, module.in_features = module.weight.shape
@@ -158,21 +184,12 @@ class BlockReader:
             shards.append(layer)
         return shards, biases
 
-    def _prefix(self, block: int) -> str:
-        return f"{self.family.decoder}.layers.{block}."
 
-    def _parameter(self, name: str, kind: Kind, span: Span | None) -> nn.Parameter:
-        part = slice(None) if span is None else slice(*span)
-        tensor = self.checkpoint.read(name, slice(None), part) if is_output(kind) else self.checkpoint.read(name, part)
-        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
-
-
-def merge(shards: list[nn.Module], cuts: list[Cut]) -> dict[str, Tensor]:
-    """The whole layer's tensors from the shards of all ranks, by their name in the layer: the inverse of cutting.
-
-    Output biases are not in the shards and so not in the result.
-    """
-    merged: dict[str, Tensor] = {}
+def merge(shards: list[nn.Module], biases: dict[Kind, nn.Parameter], cuts: list[Cut]) -> dict[str, Tensor]:
+    """The whole layer's tensors from the shards of all ranks, by their name in the layer: the inverse of cutting."""
+    family = cuts[0].family
+    names: dict[Kind, str] = {"attention_output": family.attention_output, "mlp_output": family.mlp_output}
+    merged = {f"{names[kind]}.bias": bias.data for kind, bias in biases.items()}
     for name, parameter in shards[0].named_parameters():
         kind = cuts[0].kind(name)
         if kind == "whole":

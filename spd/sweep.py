@@ -74,7 +74,8 @@ class Sweep:
         return [self._record(number, config) for number, config in enumerate(self.configs)]
 
     def _record(self, number: int, config: RunConfig) -> Record:
-        from spd.point import determining, failed_record
+        from spd.point import failed_record
+        from spd.steps import determining
 
         job, settings = self.folder / str(number), to_dict(config)
         try:
@@ -150,7 +151,7 @@ def compose(config: DictConfig) -> Sweep:
     Raises:
         UserError: one of them is wrong; none has been started.
     """
-    from spd import point
+    from spd import inputs
 
     # ${now:...} is the time at which it is first resolved. Resolved here, it is one time for all: the points composed
     # below and by Hydra inherit what this configuration has resolved.
@@ -177,7 +178,7 @@ def compose(config: DictConfig) -> Sweep:
             raise UserError(f"{error}\n({which})") from error
     _check_cores(config, configs)
     for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
-        point.check(distinct, here=_runs_here(config))
+        inputs.check(distinct, here=_runs_here(config))
     return Sweep(folder, overrides, configs)
 
 

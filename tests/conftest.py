@@ -1,5 +1,7 @@
 """Small random checkpoints of every family, as Hugging Face folders with a whole-word tokenizer."""
 
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from spd.config import RunConfig, Tracker
 
 torch.set_num_threads(1)  # the models here are too small to gain from more, and ranks share the cores
 
@@ -92,3 +96,28 @@ def tiny_qwen2(checkpoint: Callable[..., Path]) -> Path:
 def input_ids() -> torch.Tensor:
     """Random token ids [2, 11]."""
     return torch.randint(4, 64, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def config(tiny_llama: Path, tmp_path: Path) -> RunConfig:
+    """A point of the tiny model: half of its blocks dropped, perplexity only."""
+    words = random.Random(0)
+    for name in ("calibration", "heldout"):
+        lines = (" ".join(words.choice(WORDS) for _ in range(20)) for _ in range(30))
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    config = RunConfig(drop=0.5, output_dir=str(tmp_path / "runs"))
+    config.model.path = str(tiny_llama)
+    config.model.name = "tiny"
+    config.data.path = str(tmp_path / "calibration.txt")
+    config.data.heldout_path = str(tmp_path / "heldout.txt")
+    config.data.samples, config.data.sequence_length = 3, 16
+    config.tracker.name = Tracker.none
+    return config
+
+
+@pytest.fixture
+def own_model(config: RunConfig, tmp_path: Path) -> Path:
+    """The tiny model in a folder that a test may change."""
+    folder = shutil.copytree(config.model.path, tmp_path / "own_model")
+    config.model.path = str(folder)
+    return folder

@@ -96,6 +96,13 @@ def test_quickstart_sweeps_seven_fractions_without_being_told_to() -> None:
         ("parallel.port=80", ["parallel.port=80", "0"]),
         ("strategy.tau1=11", ["strategy.tau1=11", "strategy.tau2=10"]),
         ("strategy.tau2=inf", ["strategy.tau2", "finite"]),
+        ("strategy=zs_distil", ["zs_b2b"]),
+        ("strategy.correction.rank=0", ["strategy.correction.rank=0", "1 or more"]),
+        ("strategy.correction.ridge=0", ["strategy.correction.ridge=0", "1e-4"]),
+        ("strategy.correction.kind=cubic", ["strategy.correction.kind=cubic", "linear", "shift"]),
+        ("model.distillation.learning_rate=-1", ["model.distillation.learning_rate=-1", "5e-5"]),
+        ("model.distillation.epochs=0", ["model.distillation.epochs=0", "1 or more"]),
+        ("data.recovery_samples=7", ["data.recovery_samples=7", "8 or more"]),
         ("latency.prompt_length=0", ["latency.prompt_length=0", "1 or more"]),
         ("latency.timeout_s=0", ["latency.timeout_s=0", "300"]),
         ("latency.drops=[0,2]", ["latency.drops", "2", "between 0 and 1"]),
@@ -121,9 +128,6 @@ def test_a_wrong_setting_is_refused_with_what_to_write(override: str, parts: lis
 @pytest.mark.parametrize(
     ("override", "instead"),
     [
-        ("strategy=zs_b2b", "strategy=zs"),
-        ("strategy=zs_b2b_hg", "strategy=zs"),
-        ("strategy.name=zs_b2b", "strategy=zs"),
         ("eval=zero_shot", "eval=reference"),
         ("eval=mmlu", "eval=reference"),
         ("eval=longbench", "eval=reference"),

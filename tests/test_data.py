@@ -28,6 +28,13 @@ def test_samples_are_windows_of_the_joined_documents(text: Path) -> None:
     assert {tuple(s) for s in samples.tolist()} == windows
 
 
+def test_samples_do_not_overlap_where_the_text_has_room(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"word{i}" for i in range(48)))  # 50 tokens, all different
+    for seed in range(20):
+        samples = load_samples(tmp_path / "text.txt", make_tokenizer(), samples=6, sequence_length=8, seed=seed)
+        assert len(set(samples.flatten().tolist())) == 48
+
+
 def test_the_seed_decides_the_samples(text: Path) -> None:
     draws = [load_samples(text, make_tokenizer(), samples=5, sequence_length=8, seed=s) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import io
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,11 @@ from conftest import WORDS
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from spd import point, results, tracking
+from spd import point, results, steps, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
-from spd.errors import UserError
 from spd.launch import RankFailed
-from spd.plan import PLAN_FILE, ModelIdentity, make_plan
 from spd.progress import Display
 from spd.results import Record
-from spd.sensitivity import SensitivityReport
 
 TASK = """task: tiny_words
 dataset_path: json
@@ -39,23 +35,6 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-
-
-@pytest.fixture
-def config(tiny_llama: Path, tmp_path: Path) -> RunConfig:
-    """A point of the tiny model: half of its blocks dropped, perplexity only."""
-    words = random.Random(0)
-    for name in ("calibration", "heldout"):
-        lines = (" ".join(words.choice(WORDS) for _ in range(20)) for _ in range(30))
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    config = RunConfig(drop=0.5, output_dir=str(tmp_path / "runs"))
-    config.model.path = str(tiny_llama)
-    config.model.name = "tiny"
-    config.data.path = str(tmp_path / "calibration.txt")
-    config.data.heldout_path = str(tmp_path / "heldout.txt")
-    config.data.samples, config.data.sequence_length = 3, 16
-    config.tracker.name = Tracker.none
-    return config
 
 
 @pytest.fixture
@@ -88,11 +67,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return {"arms": arms, "tp_size": tp_size}
 
     monkeypatch.setattr(
-        point, "summarise", lambda session, arm, baseline: {**session, "arm": arm, "baseline": baseline}
+        steps, "summarise", lambda session, arm, baseline: {**session, "arm": arm, "baseline": baseline}
     )
     for name in counts:
-        real = session if name == "measure_latency" else getattr(point, name)
-        monkeypatch.setattr(point, name, count(name, real))
+        real = session if name == "measure_latency" else getattr(steps, name)
+        monkeypatch.setattr(steps, name, count(name, real))
     return counts
 
 
@@ -265,7 +244,7 @@ def test_a_failure_says_why_and_is_tried_again(
         raise RuntimeError("the sum is off\nby one")
 
     with monkeypatch.context() as patch:
-        patch.setattr(point, "perplexity", broken)
+        patch.setattr(steps, "perplexity", broken)
         record = run(config)
     assert record["status"] == "failed"
     assert record["error"].startswith("RuntimeError: the sum is off (traceback in ")
@@ -283,7 +262,7 @@ def test_a_dead_rank_s_error_is_in_the_record_and_its_traceback_on_the_terminal(
     def dies(*_: Any, **__: Any) -> None:
         raise RankFailed("rank 1 of 2 failed: ValueError: no such block\nTraceback ...\n  in forward", rank=1)
 
-    monkeypatch.setattr(point, "measure_latency", dies)
+    monkeypatch.setattr(steps, "measure_latency", dies)
     config.latency.name, config.latency.prompt_length = LatencyKind.cpu, 16
     record = run(config)
     assert record["error"].startswith("RankFailed: rank 1 of 2 failed: ValueError: no such block (traceback in ")
@@ -295,7 +274,7 @@ def test_a_point_that_another_process_finished_meanwhile_is_done(
 ) -> None:
     def late(*_: Any, **__: Any) -> float:
         with monkeypatch.context() as patch:
-            patch.setattr(point, "perplexity", perplexity)
+            patch.setattr(steps, "perplexity", perplexity)
             with Display("the other", Console(file=io.StringIO())) as display:
                 other = dataclasses.replace(config, sweep="other")
                 folder = Path(config.output_dir) / "cache"
@@ -303,8 +282,8 @@ def test_a_point_that_another_process_finished_meanwhile_is_done(
                 assert point.run_point(other, display)["status"] == "done"
         raise RuntimeError("too late")
 
-    perplexity = point.perplexity
-    monkeypatch.setattr(point, "perplexity", late)
+    perplexity = steps.perplexity
+    monkeypatch.setattr(steps, "perplexity", late)
     record = run(config)
     assert (record["status"], record["sweep"]) == ("done", "other")
 
@@ -336,7 +315,7 @@ def test_a_perplexity_that_is_not_a_number_is_not_kept(
     config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in (float("nan"), float("inf")):
-        monkeypatch.setattr(point, "perplexity", lambda *_, value=value: value)
+        monkeypatch.setattr(steps, "perplexity", lambda *_, value=value: value)
         record = run(config)
         assert record["status"] == "failed"
         assert "perplexity" in record["error"]
@@ -350,7 +329,7 @@ def test_ctrl_c_keeps_the_steps_that_are_done_and_nothing_half_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(point, "perplexity", interrupted)
+        patch.setattr(steps, "perplexity", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert not list((tmp_path / "runs").rglob("result.json"))
@@ -396,80 +375,3 @@ def test_a_point_is_mirrored_once_also_when_the_tracker_comes_later(
     record = run(config)
     run(config)
     assert logged == [record["key"]]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda c: setattr(c.parallel, "tp_size", 3), "tp_size=3"),
-        (lambda c: setattr(c.model, "path", "nowhere"), "nowhere"),
-        (lambda c: Path(c.data.path).write_text(""), "no text"),
-        (lambda c: Path(c.data.heldout_path).write_text("word1"), "fewer than one sequence"),
-        (lambda c: setattr(c.data, "sequence_length", 65), "give at most 64"),
-        (lambda c: setattr(c.latency, "name", LatencyKind.cpu), "latency.prompt_length"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_any_work(config: RunConfig, change: Any, said: str, tmp_path: Path) -> None:
-    point.check(config)
-    change(config)
-    with pytest.raises(UserError, match=said):
-        point.check(config)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.fixture
-def own_model(config: RunConfig, tmp_path: Path) -> Path:
-    """The tiny model in a folder that a test may change."""
-    folder = shutil.copytree(config.model.path, tmp_path / "own_model")
-    config.model.path = str(folder)
-    return folder
-
-
-def test_weights_that_are_cut_short_or_missing_are_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
-    point.check(config)
-    weights = own_model / "model.safetensors"
-    index = {"weight_map": {"a": weights.name, "b": "model-2.safetensors"}}
-    (own_model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model-2\.safetensors is named by the weight index but missing"):
-        point.check(config)
-    (own_model / "model.safetensors.index.json").unlink()
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged or was cut short"):
-        point.check(config)
-
-
-def test_a_damaged_tokenizer_is_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
-    (own_model / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer"):
-        point.check(config)
-
-
-def test_a_checkpoint_with_a_plan_for_another_tp_size_is_refused_before_any_work(
-    config: RunConfig, own_model: Path
-) -> None:
-    report = SensitivityReport("suffix", 2, [0.1, 0.2, 0.3], 3.0, 10, ModelIdentity("llama", 3, 32, "cafe"))
-    make_plan(report, drop=0.5).save(own_model / PLAN_FILE)
-    with pytest.raises(UserError, match=r"plan for tp_size=2.*write parallel\.tp_size=2"):
-        point.check(config)
-    config.parallel.tp_size = 2
-    point.check(config)
-
-
-def test_progress_is_lines_but_not_thousands_where_there_is_no_terminal(output: io.StringIO) -> None:
-    with Display("point 1/2, drop 0.5", Console(file=output)) as display:
-        display.step("evaluating")
-        for done in range(5000):
-            display(done, 5000)
-    assert output.getvalue() == "point 1/2, drop 0.5: evaluating\n"
-
-
-def test_progress_on_a_terminal_says_what_and_how_far() -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with Display("point 3/7, drop 0.5", terminal) as display:
-        display.step("evaluating")
-        display(640, 2800)
-        display.say("something that stays")
-    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
-    assert "point 3/7, drop 0.5: evaluating" in shown
-    assert "640/2800" in shown
-    assert "something that stays" in shown

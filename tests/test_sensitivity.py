@@ -150,7 +150,7 @@ def test_the_least_sensitive_blocks_are_dropped_first(drop: float, dropped: list
     [
         ({"drop": 1.1}, "drop=1.1 is outside 0..1"),
         ({"drop": -0.1}, "outside 0..1"),
-        ({"drop": 0.5, "strategy": "zs_b2b"}, "strategy='zs_b2b' is not available"),
+        ({"drop": 0.5, "strategy": "zs_distil"}, "strategy='zs_distil' is not known; write one of zs, zs_b2b, "),
         ({"drop": 0.5, "tau1": 2, "tau2": 1}, "swap them"),
         ({"drop": 0.5, "thresholds": "knee"}, "write 'tau' or 'jumps'"),
     ],

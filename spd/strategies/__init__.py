@@ -1,23 +1,7 @@
-"""What is done to dropped blocks. Zero-shot (`zs`): nothing, they are SPD blocks with the original weights."""
+"""What is done to dropped blocks so that they bear it: one file each, and `recovery`, which does it block by block.
 
-from torch import Tensor
-
-from spd.model import TensorParallelLM
-from spd.plan import DropPlan
-
-
-def apply(model: TensorParallelLM, plan: DropPlan, calibration: Tensor | None = None) -> TensorParallelLM:
-    """Prepares the model as the plan says, in place, and returns it.
-
-    Args:
-        model: the original model, nothing applied to it yet.
-        plan: made for this model at this tp size.
-        calibration: token ids [S, T]; zero-shot does not need them.
-
-    Raises:
-        UserError: the plan is for another model, other weights or another tp size.
-    """
-    plan.check_fits(model, weights=True)
-    model.drop(plan.dropped)
-    model.plan = plan
-    return model
+zs                nothing: dropped blocks are SPD blocks with the original weights (zero-shot)
+b2b               block-to-block distillation
+head_grouping     other heads beside each other on a rank
+correction        what a rank lacks, predicted from what it has (beyond the paper)
+"""

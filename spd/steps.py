@@ -1,0 +1,283 @@
+"""The steps of one point, each computed when first asked for and cached by what determines it.
+
+sensitivity (shared) -> plan -> apply -> perplexity, accuracy (virtual ranks) -> latency (real ranks, shared)
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from spd import checkpoint
+from spd.config import LatencyKind, RunConfig, find_path, need_path, to_dict
+from spd.inputs import file_digests, samples_of
+from spd.latency import measure_latency, summarise
+from spd.model import TensorParallelLM, load
+from spd.perplexity import perplexity
+from spd.plan import DropPlan, make_plan
+from spd.progress import Display
+from spd.results import Results, digest, hardware, made_by
+from spd.sensitivity import SensitivityReport, measure_sensitivity
+from spd.strategies.block_cache import BlockCache
+from spd.strategies.correction import CORRECTION_FILE
+from spd.strategies.recovery import apply
+
+# What cannot change a result (names of options and places, ports, how long to wait), or is replaced by a hash of its
+# contents.
+_NOT_IN_KEY: dict[str, set[str] | None] = {
+    "tracker": None,
+    "sweep": None,
+    "output_dir": None,
+    "parallel": {"name", "port"},
+    "latency": {"timeout_s"},
+    "model": {"path"},
+    "data": {"name", "path", "heldout_path"},
+    "eval": {"name", "include_path"},
+}
+
+
+def determining(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration (as `to_dict` gives it) can change a result."""
+    kept = {section: value for section, value in settings.items() if _NOT_IN_KEY.get(section, ()) is not None}
+    for section, names in _NOT_IN_KEY.items():
+        if names is not None:
+            kept[section] = {name: value for name, value in settings[section].items() if name not in names}
+    return kept
+
+
+class Steps:
+    """What one point computes, and the key that it has by what determines it."""
+
+    def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
+        self.config, self.results, self.display = config, results, display
+        self.folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
+        self.weights = checkpoint.fingerprint(self.folder)
+        self.files = file_digests(config, self.folder)
+        self.key = self._key()
+
+    def _key(self) -> str:
+        parts = {**made_by(), "config": determining(to_dict(self.config)), "weights": self.weights, "files": self.files}
+        if self.config.latency.name is not LatencyKind.none:
+            parts["machine"] = _machine()
+        return digest(parts)
+
+    def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (name in the record, value), in the order they are computed."""
+        yield "sensitivity", self.sensitivity
+        yield "plan", self.applied_plan
+        yield "perplexity", self.perplexity
+        if self.config.eval.tasks:
+            yield "accuracy", self.accuracy
+        if self.config.latency.name is not LatencyKind.none:
+            yield "latency", self.latency
+
+    @property
+    def _model_parts(self) -> dict[str, Any]:
+        model, files = self.config.model, self.files
+        return {
+            "weights": self.weights,
+            "tokenizer": files["tokenizer"],
+            "tp_size": self.config.parallel.tp_size,
+            "dtype": model.dtype.name,
+            "device": model.device.name,
+        }
+
+    @property
+    def _samples_parts(self) -> dict[str, Any]:
+        data = self.config.data
+        return {"samples": data.samples, "sequence_length": data.sequence_length, "seed": self.config.seed}
+
+    @property
+    def _dropped_parts(self) -> dict[str, Any]:
+        return self._treatment_parts(self.plan(self.config.drop))
+
+    def _treatment_parts(self, plan: DropPlan) -> dict[str, Any]:
+        """What the dropped blocks are: the same for two strategies that treat them alike."""
+        treatment = plan.treatment
+        if set(treatment.values()) <= {"zs"}:
+            return {"treatment": treatment}
+        config = to_dict(self.config)
+        return {
+            "treatment": treatment,
+            "distillation": config["model"]["distillation"],
+            "correction": config["strategy"]["correction"],
+            "calibration": [self.files["calibration"], config["data"]["recovery_samples"], self.config.seed],
+        }
+
+    @cached_property
+    def model(self) -> TensorParallelLM:
+        return self._load()
+
+    def _load(self) -> TensorParallelLM:
+        self.display.step(f"loading {self.config.model.name} for {self.config.parallel.tp_size} virtual ranks")
+        model = self.config.model
+        return load(
+            self.folder,
+            tp_size=self.config.parallel.tp_size,
+            ranks="virtual",
+            dtype=model.dtype.name,
+            device=model.device.name,
+        )
+
+    @cached_property
+    def sensitivity(self) -> dict[str, Any]:
+        order = self.config.strategy.order.name
+
+        def measure() -> dict[str, Any]:
+            samples = samples_of(self.config, "path", self.model.tokenizer)
+            self.display.step("measuring sensitivities")
+            return measure_sensitivity(self.model, samples, order=order, on_progress=self.display).to_dict()
+
+        parts = {**self._model_parts, **self._samples_parts, "order": order, "text": self.files["calibration"]}
+        return self.results.cached("sensitivity", parts, measure)
+
+    def plan(self, drop: float) -> DropPlan:
+        strategy = self.config.strategy
+        return make_plan(
+            SensitivityReport.from_dict(self.sensitivity),
+            drop=drop,
+            strategy=strategy.name.name,
+            tau1=strategy.tau1,
+            tau2=strategy.tau2,
+            thresholds=strategy.thresholds.name,
+        )
+
+    @property
+    def applied_plan(self) -> dict[str, Any]:
+        """The plan, with what came of the blocks it treats."""
+        plan = self.plan(self.config.drop)
+        if set(plan.treatment.values()) <= {"zs"}:
+            return plan.to_dict()  # nothing to do, so nothing to load
+
+        def prepare() -> dict[str, Any]:
+            assert self.prepared.plan is not None
+            return self.prepared.plan.to_dict()
+
+        return self.results.cached(
+            "plan", {**self._model_parts, **self._dropped_parts, "plan": plan.to_dict()}, prepare
+        )
+
+    @cached_property
+    def prepared(self) -> TensorParallelLM:
+        """The model with the plan applied."""
+        return self._apply(self.model, self.plan(self.config.drop))
+
+    def _apply(self, model: TensorParallelLM, plan: DropPlan) -> TensorParallelLM:
+        """Treated blocks are kept, for every other point that needs the same."""
+        config, calibration = self.config, None
+        if set(plan.treatment.values()) - {"zs"}:
+            calibration = samples_of(config, "path", model.tokenizer, config.data.recovery_samples)
+            self.display.step(f"treating blocks ({plan.strategy})")
+        return apply(
+            model,
+            plan,
+            calibration,
+            distillation=config.model.distillation,
+            corrections=config.strategy.correction,
+            seed=config.seed,
+            cache=BlockCache(self.results.output_dir / "cache" / "blocks"),
+            on_progress=self.display,
+            say=self.display.say,
+        )
+
+    @property
+    def perplexity(self) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
+            samples = samples_of(self.config, "heldout_path", self.model.tokenizer)
+            self.display.step("measuring perplexity")
+            value = perplexity(self.prepared, samples)
+            assert math.isfinite(value), f"perplexity {value}"  # JSON would keep it as a gap in a finished record
+            return {"value": value, "tokens": samples.shape[0] * (samples.shape[1] - 1)}
+
+        parts = {
+            **self._model_parts,
+            **self._samples_parts,
+            **self._dropped_parts,
+            "text": self.files["heldout"],
+        }
+        return self.results.cached("perplexity", parts, measure)
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        settings, seed = self.config.eval, self.config.seed
+        asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed}
+
+        def measure() -> dict[str, Any]:
+            model = self.prepared
+            self.display.step("evaluating")
+            from spd.evaluation import evaluate  # imports lm-eval: slow, and not needed where no task is asked for
+
+            include = need_path(settings.include_path, "eval.include_path") if settings.include_path else None
+            return evaluate(
+                model,
+                tasks=settings.tasks,
+                include_path=include,
+                batch_size=settings.batch_size,
+                on_progress=self.display,
+                **asked,
+            )
+
+        parts = {
+            **self._model_parts,
+            **self._dropped_parts,
+            **asked,
+            "tasks": settings.tasks,
+            "files": self.files["tasks"],
+        }
+        return self.results.cached("accuracy", parts, measure)
+
+    @property
+    def latency(self) -> dict[str, Any]:
+        settings, parallel = self.config.latency, self.config.parallel
+        plans = [self.plan(drop).dropped for drop in (0.0, self.config.drop, *settings.drops)]
+        # By number of blocks: fractions that come to the same blocks are one arm.
+        arms = {str(len(dropped)): dropped for dropped in sorted(plans, key=len)}
+        asked: dict[str, Any] = {
+            "dtype": self.config.model.dtype.name,
+            "prompt_length": settings.prompt_length,
+            "new_tokens": settings.new_tokens,
+            "batch_size": settings.batch_size,
+            "launches": settings.launches,
+            "repeats": settings.repeats,
+            "warmup": settings.warmup,
+            "realtime": settings.realtime,
+        }
+
+        # What distillation and head grouping change costs no time; corrections do.
+        widest = self.plan(max(0.0, self.config.drop, *settings.drops))
+        corrected = any("correction" in steps for steps in widest.treatment.values())
+
+        def measure() -> dict[str, Any]:
+            corrections = self.results.folder(self.key) / CORRECTION_FILE if corrected else None
+            if corrections:
+                self._apply(self._load(), widest).save_corrections(corrections)
+            self.display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} ranks")
+            return measure_latency(
+                self.folder,
+                parallel.tp_size,
+                arms,
+                port=parallel.port,
+                timeout_s=settings.timeout_s,
+                corrections=corrections,
+                log_dir=self.results.folder(self.key) / "latency",
+                on_progress=self.display,
+                **asked,
+            )
+
+        parts = {
+            **asked,
+            "weights": self.weights,
+            "tp_size": parallel.tp_size,
+            "arms": arms,
+            "interconnect": self.config.interconnect.name.name,
+            "machine": _machine(),
+            "corrections": self._treatment_parts(widest) if corrected else None,
+        }
+        ours = str(len(self.plan(self.config.drop).dropped))
+        return summarise(self.results.cached("latency", parts, measure), arm=ours, baseline="0")
+
+
+def _machine() -> dict[str, Any]:
+    """What a latency belongs to."""
+    here = hardware()
+    return {name: here[name] for name in ("cpu", "cores", "gpus")}

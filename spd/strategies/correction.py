@@ -1,0 +1,217 @@
+"""Correction without training: what a rank lacks, predicted from what it has (beyond the paper).
+
+In a dropped block rank `i` feeds its MLP with `X + P_i + b` and lacks `M_i = sum_{j != i} P_j`. From calibration data
+alone, in closed form, the least-squares prediction
+
+    constant    M_i ~ c_i
+    scale       M_i ~ c_i + a_i P_i
+    linear_x    M_i ~ c_i + B_i A_i norm1(X)
+    linear_p    M_i ~ c_i + B_i A_i P_i
+    linear      M_i ~ c_i + B_i A_i [norm1(X), P_i]
+    shift       M_i ~ c_i + B_i A_i [norm1(X), P_i, norm1(X) of the token before]
+
+is added to the MLP's input; the block's output formula stays as it is. `shift` is for the heads that look one token
+back, which are many; the rank has that token's `X` as well, and when decoding keeps it in the cache. `B_i A_i` is the
+ridge regression's solution of rank at most `r` (reduced-rank regression: the full solution, projected on the first `r`
+principal directions of its own predictions). With `M_i` itself in its place the dropped block would be the TP block.
+
+Legend: S samples, B batch, T tokens, D hidden size, N ranks, n ranks of this process, E features (D, 2D or 3D), r rank.
+"""
+
+import functools
+import operator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicLayer
+
+from spd.config import CorrectionConfig, CorrectionKind
+from spd.errors import UserError
+
+if TYPE_CHECKING:
+    from spd.block import Block
+
+CORRECTION_FILE = "spd_correction.safetensors"
+"""Name of the corrections inside a saved checkpoint: tensors `<block>.<name>`, their first dimension the rank."""
+
+_NAMES = ("constant", "scale", "down_x", "down_p", "down_b", "up")
+_FEATURES = {
+    CorrectionKind.constant: "",
+    CorrectionKind.scale: "p",
+    CorrectionKind.linear_x: "x",
+    CorrectionKind.linear_p: "p",
+    CorrectionKind.linear: "xp",
+    CorrectionKind.shift: "xpb",
+}
+"""x: norm1(X), p: P_i, b: norm1(X) of the token before."""
+
+
+class Correction(nn.Module):
+    """The prediction of `M_i` for the ranks of this process.
+
+    Args:
+        tensors: `constant` [n, D], and as the kind has them `scale` [n], `up` (B_i) [n, D, r], and `down_x`, `down_p`
+            and `down_b` (the parts of A_i) [n, r, D].
+    """
+
+    constant: Tensor
+    scale: Tensor | None
+    down_x: Tensor | None
+    down_p: Tensor | None
+    down_b: Tensor | None
+    up: Tensor | None
+
+    cache_slot = 0
+    """Where in a Hugging Face cache the token before is kept."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name in _NAMES:
+            self.register_buffer(name, tensors.get(name), persistent=False)
+
+    def forward(self, rank: int, normed: Tensor, partial: Tensor, before: Tensor | None) -> Tensor:
+        """`M_i` of the process's `rank`-th rank from `norm1(X)`, `P_i` and `norm1(X)` of the token before, all
+        [B, T, D]."""
+        missing = self.constant[rank]
+        if self.scale is not None:
+            missing = missing + self.scale[rank] * partial
+        if self.up is not None:
+            parts = ((self.down_x, normed), (self.down_p, partial), (self.down_b, before))
+            inner = [F.linear(z, down[rank]) for down, z in parts if down is not None and z is not None]  # [B, T, r]
+            missing = missing + F.linear(functools.reduce(operator.add, inner), self.up[rank])
+        return missing
+
+    def before(self, normed: Tensor, position_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor | None:
+        """`norm1(X)` of the token before each token, [B, T, D], zero before the first; None if the kind needs none.
+
+        Args:
+            normed: `norm1(X)` [B, T, D].
+            position_ids: [1 or B, T]; 0 marks the first token of a padded prompt.
+            cache: has the last token of the forward before, and is given this one's.
+        """
+        if self.down_b is None:
+            return None
+        slot: Any = None if cache is None else cache.layers[self.cache_slot]
+        last = torch.zeros_like(normed[:, :1]) if slot is None or slot.keys is None else slot.keys[:, 0]
+        before = torch.cat([last, normed[:, :-1]], dim=1)
+        if slot is not None:
+            slot.update(normed[:, None, -1:], normed[:, None, -1:])
+        return before if position_ids is None else before * (position_ids > 0).unsqueeze(-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it was made of."""
+        return {name: tensor for name in _NAMES if (tensor := getattr(self, name)) is not None}
+
+    def cost(self) -> int:
+        """Numbers a rank stores for it, which is also about the multiplications a token costs the rank."""
+        return sum(tensor[0].numel() for tensor in self.tensors().values())
+
+    @classmethod
+    def load(
+        cls, file: Path, block: int, ranks: list[int], dtype: torch.dtype, device: torch.device
+    ) -> "Correction | None":
+        """The correction of one block from a file, for the given ranks only; None if the file has none for it."""
+        with safe_open(file, framework="pt") as stored:
+            names = [name for name in _NAMES if f"{block}.{name}" in stored.keys()]  # noqa: SIM118 - no mapping
+            # Ranks of a process are neighbours: one of N, or all.
+            part = slice(ranks[0], ranks[-1] + 1)
+            read = {name: stored.get_slice(f"{block}.{name}")[part].to(device, dtype) for name in names}
+        return cls(read) if read else None
+
+
+@torch.no_grad()
+def fit(
+    block: "Block", x: Tensor, inputs: dict[str, Any], settings: CorrectionConfig, batch_size: int = 8
+) -> Correction:
+    """The correction of a block, fitted to its inputs.
+
+    Args:
+        block: of all N ranks, float32.
+        x: block inputs `X` of the original model, [S, T, D].
+        inputs: what Hugging Face gives a layer beside them.
+        settings: kind, rank r and ridge.
+        batch_size: samples at a time.
+
+    Returns:
+        float32, on the device of `x`.
+    """
+    moments = [_Moments(x.shape[-1], settings.kind, x.device) for _ in block.shards]
+    for batch in x.split(batch_size):
+        partials = block.attention(batch, **inputs)
+        normed, total = block.norm1(batch), block.ranks.sum(partials)
+        before = torch.cat([torch.zeros_like(normed[:, :1]), normed[:, :-1]], dim=1)
+        for p, moment in zip(partials, moments, strict=True):
+            moment.add({"x": normed, "p": p, "b": before}, total - p)
+    solved = [moment.solve(settings) for moment in moments]
+    return Correction({name: torch.stack([one[name] for one in solved]).float() for name in solved[0]})
+
+
+class _Moments:
+    """Sums over tokens from which one rank's least squares are solved, in float64."""
+
+    def __init__(self, size: int, kind: CorrectionKind, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.kind, self.features = kind, _FEATURES[kind]
+        features = len(self.features) * size
+        self.count, self.z, self.m = 0, zeros(features), zeros(size)
+        if kind is CorrectionKind.scale:  # needs no matrices, only <P, P> and <P, M>
+            self.zz, self.zm = zeros(), zeros()
+        else:
+            self.zz, self.zm = zeros(features, features), zeros(features, size)
+
+    def add(self, values: dict[str, Tensor], missing: Tensor) -> None:
+        """Counts the tokens of `M_i` [B, T, D] and of each feature [B, T, D]."""
+        m = missing.flatten(0, 1)
+        self.count += m.shape[0]
+        self.m += m.sum(0)
+        if not self.features:
+            return
+        z = torch.cat([values[name] for name in self.features], dim=-1).flatten(0, 1)
+        self.z += z.sum(0)
+        if self.kind is CorrectionKind.scale:
+            self.zz += (z * z).sum()
+            self.zm += (z * m).sum()
+        else:
+            # The products of one batch in float32, several times faster than in float64.
+            self.zz += z.T @ z
+            self.zm += z.T @ m
+
+    def solve(self, settings: CorrectionConfig) -> dict[str, Tensor]:
+        """`constant` and what else the kind has."""
+        z, m = self.z / self.count, self.m / self.count
+        if self.kind is CorrectionKind.constant:
+            return {"constant": m}
+        if self.kind is CorrectionKind.scale:
+            scale = (self.zm / self.count - z @ m) / (self.zz / self.count - z @ z).clamp_min(1e-30)
+            return {"constant": m - scale * z, "scale": scale}
+        covariance = self.zz / self.count - torch.outer(z, z)
+        ridge = settings.ridge * covariance.diagonal().mean().clamp_min(1e-30)
+        identity = torch.eye(len(z), dtype=torch.float64, device=z.device)
+        weights = torch.linalg.solve(covariance + ridge * identity, self.zm / self.count - torch.outer(z, m))  # [E, D]
+        # The directions [D, r] in which the predictions vary most.
+        _, vectors = torch.linalg.eigh(weights.T @ covariance @ weights)
+        directions = vectors[:, -min(settings.rank, vectors.shape[1]) :]
+        down = (weights @ directions).T.split(len(m), dim=1)  # [r, D] each
+        maps = {f"down_{name}": part for name, part in zip(self.features, down, strict=True)}
+        return {"constant": m - z @ weights @ directions @ directions.T, "up": directions, **maps}
+
+
+class TokenBefore(DynamicLayer):
+    """A cache slot for the last token's `norm1(X)`, as [B, 1, 1, D]; beams are reordered as in any other slot."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes the place of what was there."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def crop(self, max_length: int) -> None:
+        """Raises UserError: tokens further back are not kept."""
+        raise UserError("Assisted generation takes tokens back, which strategy.correction.kind=shift cannot.")

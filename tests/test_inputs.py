@@ -1,0 +1,62 @@
+"""What a point reads is checked before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spd import inputs
+from spd.config import LatencyKind, RunConfig
+from spd.errors import UserError
+from spd.plan import PLAN_FILE, ModelIdentity, make_plan
+from spd.sensitivity import SensitivityReport
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: setattr(c.parallel, "tp_size", 3), "tp_size=3"),
+        (lambda c: setattr(c.model, "path", "nowhere"), "nowhere"),
+        (lambda c: Path(c.data.path).write_text(""), "no text"),
+        (lambda c: Path(c.data.heldout_path).write_text("word1"), "fewer than one sequence"),
+        (lambda c: setattr(c.data, "sequence_length", 65), "give at most 64"),
+        (lambda c: setattr(c.latency, "name", LatencyKind.cpu), "latency.prompt_length"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(config: RunConfig, change: Any, said: str, tmp_path: Path) -> None:
+    inputs.check(config)
+    change(config)
+    with pytest.raises(UserError, match=said):
+        inputs.check(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_are_cut_short_or_missing_are_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
+    inputs.check(config)
+    weights = own_model / "model.safetensors"
+    index = {"weight_map": {"a": weights.name, "b": "model-2.safetensors"}}
+    (own_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-2\.safetensors is named by the weight index but missing"):
+        inputs.check(config)
+    (own_model / "model.safetensors.index.json").unlink()
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or was cut short"):
+        inputs.check(config)
+
+
+def test_a_damaged_tokenizer_is_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
+    (own_model / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        inputs.check(config)
+
+
+def test_a_checkpoint_with_a_plan_for_another_tp_size_is_refused_before_any_work(
+    config: RunConfig, own_model: Path
+) -> None:
+    report = SensitivityReport("suffix", 2, [0.1, 0.2, 0.3], 3.0, 10, ModelIdentity("llama", 3, 32, "cafe"))
+    make_plan(report, drop=0.5).save(own_model / PLAN_FILE)
+    with pytest.raises(UserError, match=r"plan for tp_size=2.*write parallel\.tp_size=2"):
+        inputs.check(config)
+    config.parallel.tp_size = 2
+    inputs.check(config)
