@@ -103,8 +103,8 @@ class DistillationConfig:
     """AdamW's peak learning rate; null takes the published one of the family: 1e-6 for OPT, 5e-5 for the others."""
     epochs: int = 10
     """Passes over the calibration samples. 10 as published."""
-    batch_size: int = 8
-    """Samples a step. The paper does not say; 8 of 2048 tokens fit beside a 70B block on one GPU of 80 GB."""
+    batch_size: int = 4
+    """Samples a step. The paper does not say."""
 
     def check(self) -> None:
         rate = self.learning_rate
