@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import spd
@@ -11,14 +12,28 @@ from spd.launch import run_ranks
 REFERENCE_MODELS = sorted((Path(__file__).parent.parent / "experiments/reference/models").glob("ref_*"))
 
 
+def _correct(folder: Path, tp_size: int, out: Path) -> None:
+    """Saves the model with a correction in every block, looking one token back."""
+    model = spd.load(folder, tp_size=tp_size)
+    ids = torch.randint(4, 64, (64, 16), generator=torch.Generator().manual_seed(1))
+    report = spd.measure_sensitivity(model, ids[:8])
+    everything = spd.make_plan(report, drop=1, strategy="zs_correction", tau1=-1e9)
+    spd.apply(model, everything, ids, say=lambda _: None).save_pretrained(out)
+    if tp_size > 1:
+        assert all(block.correction is not None for block in spd.load(out).blocks)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
 def test_real_ranks_equal_virtual_ranks(
-    tiny_llama: Path, tiny_opt: Path, tiny_qwen2: Path, input_ids: Tensor, tp_size: int
+    tiny_llama: Path, tiny_opt: Path, tiny_qwen2: Path, input_ids: Tensor, tp_size: int, tmp_path: Path
 ) -> None:
-    folders = {folder.name: str(folder) for folder in (tiny_llama, tiny_opt, tiny_qwen2, *REFERENCE_MODELS)}
+    corrected = tmp_path / "corrected"
+    _correct(tiny_opt, tp_size, corrected)
+    models = (tiny_llama, tiny_opt, tiny_qwen2, corrected, *REFERENCE_MODELS)
+    folders = {folder.name: str(folder) for folder in models}
     arguments = {"folders": folders, "tp_size": tp_size, "input_ids": input_ids.tolist()}
     differences = run_ranks("tests.rank_checks:compare_with_virtual_ranks", arguments, tp_size=tp_size, timeout_s=240)
-    assert len(differences) == 3 * 4 + 3 * len(REFERENCE_MODELS)
+    assert len(differences) == 4 * 4 + 3 * len(REFERENCE_MODELS)
     for case, (difference, same_tokens) in differences.items():
         assert difference <= 2e-5, case
         assert same_tokens, case

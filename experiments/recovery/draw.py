@@ -44,7 +44,7 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def everything_dropped(rows: pd.DataFrame) -> str:
-    """The README's table: every block dropped, accuracy in %, the share of what ZS lost that is won back, perplexity."""
+    """The README's table: every block dropped, accuracy in %, the share of ZS's loss that is won back, perplexity."""
     lines = ["| model | tp | strategy | accuracy | won back | perplexity |", "|---|---|---|---|---|---|"]
     for (model, tp_size), part in rows.groupby(["model", "tp_size"]):
         dense = part[(part["drop"] == 0) & (part["strategy"] == "zs")].iloc[0]

@@ -11,6 +11,7 @@ Legend: S samples, T tokens, D hidden size.
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -211,14 +212,14 @@ class _Recovery:
         judged = (x[train:], y[train:], inputs, batch)
         losses: dict[str, float] = {"zs": b2b.block_loss(original, *judged)}
         kept: list[str] = []
-        outcome: dict[str, Any] = {"loss": losses, "notes": []}
+        outcome: dict[str, Any] = {"loss": losses, "seconds": {}, "notes": []}
         tensors, fix = self.model.layer_tensors(original), None
 
         def read(tensors: dict[str, Tensor], fix: Correction | None) -> Block:
             return self.model.read_block(i, tensors, fix, dtype=torch.float32, device=self.device)
 
         for step in steps:
-            before = losses[kept[-1]] if kept else losses["zs"]
+            before, started = losses[kept[-1]] if kept else losses["zs"], time.perf_counter()
             if step == "hg":
                 grouped, outcome["hg"] = self._group(original, x[:train], inputs, tensors)
                 candidate, new = read(grouped, None), None
@@ -233,6 +234,9 @@ class _Recovery:
                 )
                 if outcome["b2b"]["stopped"]:
                     outcome["notes"].append(f"Distillation stopped: {outcome['b2b']['stopped']}.")
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            outcome["seconds"][step] = round(time.perf_counter() - started, 3)
             # Judged as it will be kept: rounded to the model's type.
             rounded = {name: t.to(self.model.dtype) for name, t in self.model.layer_tensors(candidate).items()}
             losses[step] = b2b.block_loss(read(rounded, new), *judged)
