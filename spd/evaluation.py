@@ -6,6 +6,7 @@ Legend: B batch, T tokens, V vocabulary.
 import difflib
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,9 @@ def evaluate(
     if not isinstance(model.ranks, VirtualRanks):
         raise UserError("lm-eval gives results to local rank 0 alone; evaluate with ranks='virtual'.")
     manager = task_manager(tasks, include_path)
+    # lm-eval would bootstrap some errors in forked processes, and a fork of one that has computed with threads can wait
+    # for ever.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     results = simple_evaluate(
         model=SpdLM(model, batch_size, on_progress),

@@ -91,6 +91,17 @@ def test_dropping_blocks_changes_what_is_scored_and_progress_is_told(tiny_llama:
     assert progress == [(i, 10) for i in range(1, 11)]
 
 
+def test_errors_are_bootstrapped_without_forking(
+    tiny_llama: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forks(*_: object) -> None:
+        raise AssertionError("a fork of a process with threads can wait for ever")
+
+    monkeypatch.setattr("multiprocessing.Pool", forks)
+    scores = evaluate(spd.load(tiny_llama, tp_size=2), ["toy_last"], include_path=tasks)
+    assert scores["tasks"]["toy_last"]["metrics"]["perplexity_stderr"] > 0
+
+
 def test_an_unknown_task_is_refused_with_the_nearest_names(tiny_llama: Path, tasks: Path) -> None:
     with pytest.raises(spd.UserError, match="no lm-eval task 'toy_choise'; nearest: toy_choice"):
         evaluate(spd.load(tiny_llama), ["toy_choise"], include_path=tasks)

@@ -23,9 +23,9 @@ class Recovered:
     corrections: dict[str, Tensor]
     """The tensors of its correction, of all ranks; empty without one."""
     outcome: dict[str, Any]
-    """What came of it: "kept", the steps whose result the block runs with, "zs" for none; "loss", the mean squared error
-    at its output, held out, after each step ("zs" before the first); "seconds", what each step took; "notes", sentences
-    on what was not kept and why; and what each step has to say of itself."""
+    """What came of it: "kept", the steps whose result the block runs with, "zs" for none; "loss", the mean squared
+    error at its output, held out, after each step ("zs" before the first); "seconds", what each took; "notes",
+    sentences on what was not kept and why; and what each step has to say of itself."""
 
 
 class BlockCache:
