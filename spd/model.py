@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -30,6 +31,8 @@ from spd.plan import PLAN_FILE, DropPlan
 from spd.ranks import ProcessRanks, Ranks, VirtualRanks
 from spd.sharding import BlockReader, Cut, InCheckpoint, InMemory, Kind, Source, check_tp_size, merge
 from spd.strategies.correction import CORRECTION_FILE, Correction, TokenBefore
+
+_AGAIN = "copy the folder again or prepare the model again"
 
 
 def load(
@@ -105,6 +108,7 @@ class TensorParallelLM(nn.Module):
     Attributes:
         hf: the Hugging Face model; its `generate`, caches and masks work as ever.
         blocks: its L blocks.
+        outcomes: treated block -> what came of it, whether it is dropped at present or not.
         plan: what was done to the model, when it was prepared by a plan.
     """
 
@@ -149,6 +153,7 @@ class TensorParallelLM(nn.Module):
         self._reader = BlockReader(self.family, self.hf.config, layer_type, self.cuts)
         self._recovered: dict[int, Block] = {}
         self._original_elsewhere: set[int] = set()
+        self.outcomes: dict[int, dict[str, Any]] = {}
         blocks = [self.read_block(i, dtype=dtype, device=device) for i in range(self.num_blocks)]
         self.decoder.layers = nn.ModuleList(blocks)
 
@@ -271,14 +276,24 @@ class TensorParallelLM(nn.Module):
 
     def take_over(self, plan: DropPlan) -> None:
         """Makes of the model what `plan`, found in its own folder, says that it is."""
-        if (self.folder / CORRECTION_FILE).is_file():
+        corrected = {i for i, outcome in plan.outcomes.items() if "correction" in outcome["kept"].split("+")}
+        if corrected:
             self.load_corrections(self.folder / CORRECTION_FILE)
+            if without := sorted(i for i in corrected if self.blocks[i].correction is None):
+                raise UserError(
+                    f"{self.folder / CORRECTION_FILE} lacks the correction of block {without[0]}; {_AGAIN}."
+                )
+        self.outcomes = dict(plan.outcomes)
         self._original_elsewhere = plan.distilled
         self.drop(plan.dropped)
         self.plan = plan
 
-    def recover(self, i: int, block: Block) -> None:
-        """From now on block `i` is this one whenever it is dropped, and the original whenever it is not."""
+    def recover(self, i: int, block: Block, outcome: dict[str, Any]) -> None:
+        """From now on block `i` is this one whenever it is dropped, and the original whenever it is not.
+
+        `outcome` is what a plan says of it (`DropPlan.outcomes`).
+        """
+        self.outcomes[i] = outcome
         if self.blocks[i].dropped:
             self.decoder.layers[i] = block
             block.dropped = True
@@ -366,9 +381,16 @@ class TensorParallelLM(nn.Module):
             save_file(tensors, file)
 
     def load_corrections(self, file: Path) -> None:
-        """Reads what `save_corrections` wrote, for the ranks of this process; to be used by blocks while dropped."""
+        """Reads what `save_corrections` wrote, for the ranks of this process; to be used by blocks while dropped.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         for i in range(self.num_blocks):
-            correction = Correction.load(file, i, self.ranks.local, self.dtype, self.device)
+            try:
+                correction = Correction.load(file, i, self.ranks.local, self.dtype, self.device)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file} is missing or damaged ({error}); {_AGAIN}.") from error
             if correction is not None:
                 self.decoder.layers[i] = self.read_block(i, correction=correction)
 

@@ -83,12 +83,15 @@ class DropPlan:
             strategy="zs",
             drop=len(model.dropped) / model.num_blocks,
             dropped=list(model.dropped),
-            treatment=dict.fromkeys(model.dropped, "zs"),
+            treatment={
+                block: model.outcomes[block]["kept"] if block in model.outcomes else "zs" for block in model.dropped
+            },
             classes={},
             tau1=None,
             tau2=None,
             order=None,
             source=ModelIdentity.of(model),
+            outcomes={block: model.outcomes[block] for block in model.dropped if block in model.outcomes},
         )
 
     def to_dict(self) -> dict[str, Any]:

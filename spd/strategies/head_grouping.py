@@ -101,18 +101,23 @@ def _all_splits(units: list[int], size: int) -> Iterator[Groups]:
 
 
 def _exchange(distances: np.ndarray, order: np.ndarray, size: int) -> Groups:
-    group_of = np.empty(len(order), dtype=int)
-    group_of[order] = np.arange(len(order)) // size
+    groups = _cut(order, size)
     while True:
-        to_group = np.stack([distances[:, group_of == g].sum(1) for g in range(len(order) // size)], axis=1)  # [U, G]
+        group_of = np.empty(len(order), dtype=int)
+        for g, group in enumerate(groups):
+            group_of[list(group)] = g
+        to_group = np.stack([distances[:, list(group)].sum(1) for group in groups], axis=1)  # [U, G]
         stay = to_group[np.arange(len(order)), group_of]
         move = to_group[:, group_of]  # [u, v]: u to the group of v
         gain = move + move.T - stay[:, None] - stay[None, :] - 2 * distances
         gain[group_of[:, None] == group_of[None, :]] = 0.0
         u, v = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[u, v] <= 1e-12 * max(1.0, distances.max()):
-            return _cut(np.argsort(group_of, kind="stable"), size)
         group_of[u], group_of[v] = group_of[v], group_of[u]
+        exchanged = _cut(np.argsort(group_of, kind="stable"), size)
+        # By the sum itself: gains that are rounding alone could go round in circles.
+        if not spread(distances, exchanged) > spread(distances, groups):
+            return groups
+        groups = exchanged
 
 
 def _cut(order: np.ndarray, size: int) -> Groups:

@@ -82,7 +82,7 @@ def apply(
             within = None if on_progress is None else _within(on_progress, done, len(treated))
             recovered = work.recovered(i, steps, cache, within)
             fix = Correction(recovered.corrections).to(model.device, model.dtype) if recovered.corrections else None
-            model.recover(i, model.read_block(i, recovered.tensors, fix))
+            model.recover(i, model.read_block(i, recovered.tensors, fix), recovered.outcome)
             outcomes[i] = recovered.outcome
         plan = dataclasses.replace(plan, recovery=work.settings(set().union(*treated.values())), outcomes=outcomes)
     model.drop(plan.dropped)

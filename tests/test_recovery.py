@@ -1,0 +1,480 @@
+"""Preparing models as plans say: what is recorded, saved, kept for later, and refused."""
+
+import dataclasses
+import hashlib
+import itertools
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_checkpoint
+from safetensors import safe_open
+from test_exactness import dense_logits
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from treated import CLASSES, assert_same, block_inputs, plan_of, teacher, tokens
+
+import spd
+from spd.config import CorrectionConfig, CorrectionKind, DistillationConfig
+from spd.model import TensorParallelLM
+from spd.plan import STRATEGIES, DropPlan
+from spd.strategies import b2b, correction
+from spd.strategies.block_cache import BlockCache
+
+QUICK = DistillationConfig(learning_rate=3e-3, epochs=2, batch_size=8)
+RANK = CorrectionConfig(CorrectionKind.shift, rank=8, ridge=1e-2)
+CALIBRATION = tokens(32, 12)
+STRATEGY_NAMES = list(STRATEGIES)
+
+
+def prepare(model: TensorParallelLM, strategy: str, drop: float = 1.0, **options: Any) -> TensorParallelLM:
+    """Applies a strategy to blocks of every class, quickly."""
+    given: dict[str, Any] = dict(distillation=QUICK, corrections=RANK, say=lambda _: None) | options
+    return spd.apply(model, plan_of(model, strategy, drop), CALIBRATION, **given)
+
+
+def plan_in(model: TensorParallelLM) -> DropPlan:
+    assert model.plan is not None
+    return model.plan
+
+
+def weights(model: TensorParallelLM, i: int) -> dict[str, Tensor]:
+    block = model.blocks[i]
+    return {name: t.clone() for name, t in itertools.chain(block.named_parameters(), block.named_buffers())}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def truncate(data: bytes) -> bytes:
+    return data[:-100]
+
+
+def flip_a_bit(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def empty(data: bytes) -> bytes:
+    return b""
+
+
+def scribble(data: bytes) -> bytes:
+    return b"x" * len(data)
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> TensorParallelLM:
+    return spd.load(tiny_llama, tp_size=2)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> BlockCache:
+    return BlockCache(tmp_path / "blocks")
+
+
+@pytest.fixture
+def no_distilling(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, a block that is distilled fails the test."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a block was distilled again")
+
+    return lambda: monkeypatch.setattr(b2b, "distill", forbidden)
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+def test_every_class_of_dropped_blocks_gets_the_steps_of_the_strategy(model: TensorParallelLM, strategy: str) -> None:
+    steps = {
+        "zs": ["zs", "zs", "zs"],
+        "zs_b2b": ["zs", "b2b", "b2b"],
+        "zs_b2b_hg": ["zs", "b2b", "hg+b2b"],
+        "zs_hg": ["zs", "zs", "hg"],
+        "zs_correction": ["zs", "correction", "correction"],
+        "zs_correction_b2b": ["zs", "correction+b2b", "correction+b2b"],
+    }[strategy]
+    plan = plan_of(model, strategy)
+    assert plan.classes == dict(enumerate(CLASSES))
+    assert plan.treatment == dict(enumerate(steps))
+    assert plan_of(model, strategy, drop=0.34).treatment == {0: steps[0]}
+    original = [weights(model, i) for i in range(3)]
+    prepare(model, strategy)
+    assert set(plan_in(model).outcomes) == {i for i in range(3) if steps[i] != "zs"}
+    assert [same(weights(model, i), original[i]) for i in range(3)] == [step == "zs" for step in steps]
+    for i, outcome in plan_in(model).outcomes.items():
+        assert list(outcome["loss"]) == ["zs", *steps[i].split("+")]
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+def test_calibration_is_asked_for_in_words_where_it_is_needed(model: TensorParallelLM, strategy: str) -> None:
+    plan = plan_of(model, strategy)
+    if strategy == "zs":
+        assert spd.apply(model, plan).dropped == (0, 1, 2)
+        return
+    with pytest.raises(spd.UserError, match=f"strategy={strategy} needs calibration samples"):
+        spd.apply(model, plan)
+    for few in (tokens(7, 10), tokens(16, 1), tokens(16, 10)[0]):
+        with pytest.raises(spd.UserError, match="too little to treat blocks with"):
+            spd.apply(model, plan, few)
+    assert model.dropped == ()
+    assert model.plan is None
+    only_isb = spd.apply(model, plan_of(model, strategy, drop=0.34))
+    assert only_isb.dropped == (0,)
+
+
+def test_other_weights_another_tp_size_and_real_ranks_are_refused(
+    tiny_llama: Path, model: TensorParallelLM, tmp_path: Path
+) -> None:
+    plan = plan_of(model, "zs_b2b")
+    with pytest.raises(spd.UserError, match="other weights of the same shape"):
+        spd.apply(spd.load(make_checkpoint(tmp_path / "other", "llama", seed=1), tp_size=2), plan, CALIBRATION)
+    with pytest.raises(spd.UserError, match=r"made for tp_size=2 and the model is loaded with tp_size=4"):
+        spd.apply(spd.load(tiny_llama, tp_size=4), plan, CALIBRATION)
+    real: Any = types.SimpleNamespace(size=2, local=[0])
+    model.ranks = real
+    with pytest.raises(spd.UserError, match="load it with ranks='virtual'"):
+        spd.apply(model, plan, CALIBRATION)
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES[1:])
+def test_the_plan_records_what_was_done_and_survives_a_file(
+    model: TensorParallelLM, strategy: str, tmp_path: Path
+) -> None:
+    plan = plan_in(prepare(model, strategy, seed=7))
+    plan.save(tmp_path / "plan.json")
+    again = DropPlan.load(tmp_path / "plan.json")
+    assert again.outcomes.keys() == plan.outcomes.keys()
+    assert again.treatment == plan.treatment
+    recovery = again.recovery
+    assert recovery is not None
+    assert (recovery["seed"], recovery["samples"], recovery["heldout_samples"]) == (7, [32, 12], 4)
+    assert recovery["calibration"] == hashlib.sha256(CALIBRATION.numpy().tobytes()).hexdigest()
+    assert recovery.get("distillation") == (dataclasses.asdict(QUICK) if "b2b" in strategy else None)
+    if "correction" in strategy:
+        assert recovery["correction"] == {"kind": "shift", "rank": 8, "ridge": 1e-2}
+    for outcome in again.outcomes.values():
+        best = outcome["loss"][outcome["kept"].split("+")[-1]]
+        assert outcome["kept"] != "zs"
+        assert best < outcome["loss"]["zs"] or strategy == "zs_hg"
+        assert isinstance(outcome["notes"], list)
+
+
+def test_published_learning_rates_are_the_defaults(checkpoint: Callable[..., Path], family: str) -> None:
+    model = spd.load(checkpoint(family), tp_size=2)
+    prepare(model, "zs_b2b", 0.67, distillation=DistillationConfig(epochs=1))
+    recovery = plan_in(model).recovery
+    assert recovery is not None
+    assert recovery["distillation"]["learning_rate"] == (1e-6 if family == "opt" else 5e-5)
+
+
+@pytest.mark.parametrize("strategy", ["zs_b2b_hg", "zs_correction_b2b"])
+def test_recorded_losses_are_those_of_the_blocks_on_samples_held_out(
+    checkpoint: Callable[..., Path], family: str, strategy: str
+) -> None:
+    model, original = (spd.load(checkpoint(family), tp_size=2) for _ in range(2))
+    prepare(model, strategy)
+    for i, outcome in plan_in(model).outcomes.items():
+        x, inputs = block_inputs(original, i, CALIBRATION[-4:])
+        wanted = teacher(original.blocks[i], x, inputs)
+        with torch.no_grad():
+            losses = [
+                (block.spd(x, block.attention(x, **inputs)) - wanted).square().mean().item()
+                for block in (original.blocks[i], model.blocks[i])
+            ]
+        last = outcome["loss"][outcome["kept"].split("+")[-1]]
+        assert losses == [pytest.approx(outcome["loss"]["zs"], rel=1e-4), pytest.approx(last, rel=1e-4)]
+        assert last < outcome["loss"]["zs"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize(("kind", "tp_size"), [("llama", 4), ("opt", 4), ("qwen2", 4), ("qwen2", 8)])
+def test_a_prepared_model_is_saved_and_loaded_to_the_bit(
+    checkpoint: Callable[..., Path], kind: str, strategy: str, tp_size: int, tmp_path: Path
+) -> None:
+    model, ids = prepare(spd.load(checkpoint(kind), tp_size=tp_size), strategy), tokens(2, 11)
+    model.save_pretrained(tmp_path / "out")
+    again = spd.load(tmp_path / "out")
+    assert torch.equal(again(ids), model(ids))
+    assert (again.tp_size, again.dropped) == (tp_size, model.dropped)
+    assert plan_in(again).outcomes.keys() == plan_in(model).outcomes.keys()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loaded[1][problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_a_prepared_model_can_be_saved_again(model: TensorParallelLM, tmp_path: Path) -> None:
+    ids = tokens(2, 11)
+    prepare(model, "zs_correction_b2b")
+    model.save_pretrained(tmp_path / "once")
+    spd.load(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    again = spd.load(tmp_path / "twice")
+    assert torch.equal(again(ids), model(ids))
+    assert plan_in(again).distilled == plan_in(model).distilled != set()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_distilled_blocks_dropped_by_hand_are_not_undropped_either(
+    model: TensorParallelLM, loaded: bool, tmp_path: Path
+) -> None:
+    prepare(model, "zs_b2b", 0.67)
+    if loaded:
+        model.save_pretrained(tmp_path / "plan")
+        model = spd.load(tmp_path / "plan")
+    model.drop([0, 1, 2])
+    model.save_pretrained(tmp_path / "by_hand")
+    again = spd.load(tmp_path / "by_hand")
+    with pytest.raises(spd.UserError, match="distilled"):
+        again.drop([])
+
+
+@pytest.mark.parametrize("harm", [None, truncate, empty])
+def test_a_file_of_corrections_that_is_damaged_or_missing_is_refused_in_words(
+    model: TensorParallelLM, harm: Callable[[bytes], bytes] | None, tmp_path: Path
+) -> None:
+    prepare(model, "zs_correction").save_pretrained(tmp_path / "out")
+    file = tmp_path / "out" / correction.CORRECTION_FILE
+    if harm is None:
+        file.unlink()
+    else:
+        file.write_bytes(harm(file.read_bytes()))
+    with pytest.raises(spd.UserError, match=correction.CORRECTION_FILE):
+        spd.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+def test_undropping_gives_the_original_back_and_dropping_the_treated_blocks(tiny_qwen2: Path, strategy: str) -> None:
+    model, ids = spd.load(tiny_qwen2, tp_size=4), tokens(2, 11)
+    original = model(ids)
+    prepare(model, strategy)
+    treated, plan = model(ids), model.plan
+    model.drop([])
+    assert torch.equal(model(ids), original)
+    assert (model.plan, plan) == (None, plan)
+    model.drop([2])
+    assert not torch.equal(model(ids), original)
+    model.drop([0, 1, 2])
+    assert torch.equal(model(ids), treated)
+
+
+@pytest.mark.parametrize("strategy", ["zs_b2b", "zs_b2b_hg", "zs_correction_b2b"])
+def test_a_loaded_model_refuses_to_undrop_distilled_blocks(
+    model: TensorParallelLM, strategy: str, tmp_path: Path
+) -> None:
+    prepare(model, strategy).save_pretrained(tmp_path / "out")
+    again, ids = spd.load(tmp_path / "out"), tokens(2, 11)
+    assert plan_in(again).distilled == {1, 2}
+    for blocks in ([], [0, 2], [1]):
+        with pytest.raises(spd.UserError, match=r"was distilled to run dropped.* load the original model"):
+            again.drop(blocks)
+        assert again.dropped == (0, 1, 2)
+    again.drop([1, 2])
+    again.drop([0, 1, 2])
+    assert torch.equal(again(ids), model(ids))
+
+
+@pytest.mark.parametrize("strategy", ["zs_hg", "zs_correction"])
+def test_a_loaded_model_may_undrop_grouped_and_corrected_blocks(
+    checkpoint: Callable[..., Path], family: str, strategy: str, tmp_path: Path
+) -> None:
+    model, ids = prepare(spd.load(checkpoint(family), tp_size=2), strategy), tokens(2, 11)
+    model.save_pretrained(tmp_path / "out")
+    again = spd.load(tmp_path / "out")
+    again.drop([])
+    assert_same(again(ids), dense_logits(checkpoint(family), ids))
+    again.drop([0, 1, 2])
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_a_rate_that_is_too_high_leaves_blocks_zero_shot_and_says_why(model: TensorParallelLM, tmp_path: Path) -> None:
+    original, said = [weights(model, i) for i in range(3)], list[str]()
+    prepare(model, "zs_b2b", distillation=DistillationConfig(learning_rate=1e30), say=said.append)
+    assert [same(weights(model, i), original[i]) for i in range(3)] == [True, True, True]
+    assert {outcome["kept"] for outcome in plan_in(model).outcomes.values()} == {"zs"}
+    for i in (1, 2):
+        assert any(f"Block {i}: Distillation stopped: the loss was no number in epoch" in line for line in said)
+        assert any(line.startswith(f"Block {i}: b2b was not kept: held-out loss") for line in said)
+    model.save_pretrained(tmp_path / "out")
+    spd.load(tmp_path / "out").drop([])  # nothing of the original is lost
+
+
+def test_a_correction_that_makes_it_worse_is_not_kept(model: TensorParallelLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = correction.fit
+
+    def spoilt(*args: Any) -> correction.Correction:
+        fix = fit(*args)
+        fix.constant += 100
+        return fix
+
+    monkeypatch.setattr(correction, "fit", spoilt)
+    prepare(model, "zs_correction_b2b")
+    for i, outcome in plan_in(model).outcomes.items():
+        assert outcome["kept"] == "b2b"
+        assert "correction was not kept" in outcome["notes"][0]
+        assert model.blocks[i].correction is None
+
+
+def test_blocks_are_treated_alone_so_that_they_are_the_same_at_every_drop_fraction(tiny_llama: Path) -> None:
+    few, all_ = (prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", drop) for drop in (0.67, 1.0))
+    assert few.dropped == (0, 1)
+    assert same(weights(few, 1), weights(all_, 1))
+    assert plan_in(few).outcomes[1]["loss"] == plan_in(all_).outcomes[1]["loss"]
+
+
+@pytest.mark.parametrize("strategy", ["zs_b2b_hg", "zs_correction_b2b"])
+def test_treated_blocks_are_kept_for_later_and_for_larger_fractions(
+    tiny_opt: Path, strategy: str, cache: BlockCache, no_distilling: Callable[[], None]
+) -> None:
+    ids = tokens(2, 11)
+    first = prepare(spd.load(tiny_opt, tp_size=2), strategy, 0.67, cache=cache)
+    assert len(list(cache.folder.iterdir())) == 1
+    all_ = prepare(spd.load(tiny_opt, tp_size=2), strategy, cache=cache)
+    kept = sorted(cache.folder.iterdir())
+    assert len(kept) == 2
+    assert same(weights(first, 1), weights(all_, 1))
+    no_distilling()
+    for drop, wanted in ((0.67, first), (1.0, all_)):
+        again = prepare(spd.load(tiny_opt, tp_size=2), strategy, drop, cache=cache)
+        assert torch.equal(again(ids), wanted(ids))
+        assert plan_in(again).recovery == plan_in(wanted).recovery
+        assert {i: o["loss"] for i, o in plan_in(again).outcomes.items()} == {
+            i: o["loss"] for i, o in plan_in(wanted).outcomes.items()
+        }
+    assert sorted(cache.folder.iterdir()) == kept
+
+
+def test_only_blocks_that_are_missing_are_treated(model: TensorParallelLM, tiny_llama: Path, cache: BlockCache) -> None:
+    whole, ids = prepare(model, "zs_b2b", cache=cache), tokens(2, 11)
+    seen: list[tuple[int, int]] = []
+    for file in sorted(cache.folder.iterdir()):
+        file.unlink()
+        seen.clear()
+        again = prepare(
+            spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, on_progress=lambda *step: seen.append(step)
+        )
+        assert seen in ([(1, 4), (2, 4)], [(3, 4), (4, 4)])
+        assert torch.equal(again(ids), whole(ids))
+
+
+def test_a_damaged_file_is_said_and_made_again(
+    tiny_llama: Path, cache: BlockCache, no_distilling: Callable[[], None]
+) -> None:
+    whole, ids = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", 0.67, cache=cache), tokens(2, 11)
+    (file,) = cache.folder.iterdir()
+    for harm in (truncate, flip_a_bit, empty, scribble):
+        file.write_bytes(harm(file.read_bytes()))
+        said: list[str] = []
+        again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", 0.67, cache=cache, say=said.append)
+        assert [line for line in said if "damaged" in line and str(file) in line] == said[:1] != []
+        assert torch.equal(again(ids), whole(ids))
+    no_distilling()
+    prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", 0.67, cache=cache)
+
+
+def test_a_file_under_another_blocks_name_is_not_taken_for_it(tiny_llama: Path, cache: BlockCache) -> None:
+    whole, ids, said = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache), tokens(2, 11), list[str]()
+    one, other = cache.folder.iterdir()
+    one.write_bytes(other.read_bytes())
+    again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, say=said.append)
+    assert any("it holds another block" in line for line in said)
+    assert torch.equal(again(ids), whole(ids))
+
+
+def test_other_settings_are_other_blocks(tiny_llama: Path, tmp_path: Path, cache: BlockCache) -> None:
+    def files(model: TensorParallelLM, strategy: str = "zs_correction_b2b", **options: Any) -> int:
+        """How many were added."""
+        before = len(list(cache.folder.iterdir())) if cache.folder.exists() else 0
+        prepare(model, strategy, 0.67, cache=cache, **options)
+        return len(list(cache.folder.iterdir())) - before
+
+    def load(tp_size: int = 2, **options: Any) -> TensorParallelLM:
+        return spd.load(tiny_llama, tp_size=tp_size, **options)
+
+    assert files(load()) == 1
+    assert files(load()) == 0
+    assert files(load(), say=print, on_progress=lambda *_: None) == 0
+    changes: list[dict[str, Any]] = [
+        dict(seed=1),
+        dict(distillation=dataclasses.replace(QUICK, learning_rate=1e-3)),
+        dict(distillation=dataclasses.replace(QUICK, epochs=1)),
+        dict(distillation=dataclasses.replace(QUICK, batch_size=5)),
+        dict(corrections=dataclasses.replace(RANK, rank=4)),
+        dict(corrections=dataclasses.replace(RANK, ridge=1e-3)),
+        dict(corrections=dataclasses.replace(RANK, kind=CorrectionKind.linear)),
+        dict(strategy="zs_b2b"),
+    ]
+    for change in changes:
+        assert files(load(), **change) == 1
+    assert files(load(), "zs_b2b", corrections=dataclasses.replace(RANK, rank=2)) == 0  # takes no part in it
+    assert files(load(tp_size=4)) == 1
+    assert files(load(dtype="bfloat16")) == 1
+    assert files(spd.load(make_checkpoint(tmp_path / "other", "llama", seed=1), tp_size=2)) == 1
+    model = load()
+    spd.apply(model, plan_of(model, "zs_b2b", 0.67), tokens(32, 12, seed=6), distillation=QUICK, cache=cache)
+    assert len(list(cache.folder.iterdir())) == 1 + len(changes) + 4
+
+
+def test_an_interruption_costs_the_block_it_falls_in(
+    tiny_llama: Path, model: TensorParallelLM, cache: BlockCache
+) -> None:
+    def stop(done: int, steps: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(model, "zs_b2b", cache=cache, on_progress=stop)
+    (file,) = cache.folder.iterdir()
+    seen: list[tuple[int, int]] = []
+    again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, on_progress=lambda *step: seen.append(step))
+    assert seen == [(3, 4), (4, 4)]
+    assert file in cache.folder.iterdir()
+    whole, ids = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b"), tokens(2, 11)
+    assert torch.equal(again(ids), whole(ids))
+
+
+def test_a_full_disk_leaves_no_half_written_block(
+    model: TensorParallelLM, cache: BlockCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spd.strategies.block_cache.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(model, "zs_b2b", cache=cache)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_progress_counts_up_to_its_end(model: TensorParallelLM) -> None:
+    seen: list[tuple[int, int]] = []
+    prepare(model, "zs_b2b_hg", on_progress=lambda *step: seen.append(step))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("strategy", ["zs_b2b_hg", "zs_correction_b2b"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_are_prepared_saved_and_loaded(
+    tmp_path: Path, strategy: str, dtype: torch.dtype, cache: BlockCache
+) -> None:
+    folder, ids = make_checkpoint(tmp_path / "half", "qwen2", dtype=dtype), tokens(2, 11)
+    model = prepare(spd.load(folder, tp_size=2), strategy, cache=cache)
+    model.save_pretrained(tmp_path / "out")
+    again = spd.load(tmp_path / "out")
+    assert again.dtype == dtype
+    assert torch.equal(again(ids), model(ids))
+    assert again(ids).isfinite().all()
+    assert torch.equal(prepare(spd.load(folder, tp_size=2), strategy, cache=cache)(ids), model(ids))
+    for file in itertools.chain(cache.folder.iterdir(), (tmp_path / "out").glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            kinds = {stored.get_tensor(name).dtype for name in stored.keys() if "correction" not in name}  # noqa: SIM118
+        assert kinds == {dtype}
+    for block in again.blocks:
+        assert block.correction is None or {t.dtype for t in block.correction.tensors().values()} == {dtype}
+
+
+def test_the_caller_keeps_its_model_and_plan(model: TensorParallelLM) -> None:
+    plan = plan_of(model, "zs_b2b")
+    assert spd.apply(model, plan, CALIBRATION, distillation=QUICK) is model
+    assert (plan.recovery, plan.outcomes) == (None, {})
+    assert plan_in(model) is not plan
