@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spd.data import load_samples as load_samples
     from spd.errors import UserError as UserError
+    from spd.loading import load as load
     from spd.model import TensorParallelLM as TensorParallelLM
-    from spd.model import load as load
     from spd.plan import DropPlan as DropPlan
     from spd.plan import make_plan as make_plan
     from spd.sensitivity import SensitivityReport as SensitivityReport
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "UserError": "spd.errors",
     "TensorParallelLM": "spd.model",
-    "load": "spd.model",
+    "load": "spd.loading",
     "load_samples": "spd.data",
     "DropPlan": "spd.plan",
     "make_plan": "spd.plan",

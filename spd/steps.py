@@ -12,7 +12,8 @@ from spd import checkpoint
 from spd.config import LatencyKind, RunConfig, find_path, need_path, to_dict
 from spd.inputs import file_digests, samples_of
 from spd.latency import measure_latency, summarise
-from spd.model import TensorParallelLM, load
+from spd.loading import load
+from spd.model import TensorParallelLM
 from spd.perplexity import perplexity
 from spd.plan import DropPlan, make_plan
 from spd.progress import Display
