@@ -46,10 +46,18 @@ ROWS_PER_SHARD = 1600
 MODELS = ["ref_llama", "ref_opt", "ref_qwen2"]
 
 
-def build_model(name: str, vocabulary_size: int) -> PreTrainedModel:
-    """An untrained reference model of about 5.5 million parameters, by name."""
+def build_model(
+    name: str,
+    vocabulary_size: int,
+    *,
+    blocks: int = BLOCKS,
+    opt_ffn: int = 768,
+    opt_dropout: float = 0.0,
+    opt_embedding_std: float = 0.02,
+) -> PreTrainedModel:
+    """An untrained reference model of about 5.5 million parameters, by name; the rest is what was tried on ref_opt."""
     shared: dict[str, Any] = {
-        "vocab_size": vocabulary_size, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS,
+        "vocab_size": vocabulary_size, "hidden_size": WIDTH, "num_hidden_layers": blocks,
         "num_attention_heads": HEADS, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True,
         "attention_dropout": 0.0, "pad_token_id": PAD, "eos_token_id": EOS,
         "bos_token_id": None if name == "ref_qwen2" else BOS,
@@ -61,9 +69,13 @@ def build_model(name: str, vocabulary_size: int) -> PreTrainedModel:
     if name == "ref_qwen2":
         config = Qwen2Config(**shared, intermediate_size=576, num_key_value_heads=4)
         return Qwen2ForCausalLM(config)
-    config = OPTConfig(**shared, ffn_dim=768, word_embed_proj_dim=WIDTH, dropout=0.0, activation_function="relu",
-                       do_layer_norm_before=True, enable_bias=True)  # fmt: skip
-    return OPTForCausalLM(config)
+    config = OPTConfig(**shared, ffn_dim=opt_ffn, word_embed_proj_dim=WIDTH, dropout=opt_dropout,
+                       activation_function="relu", do_layer_norm_before=True, enable_bias=True)  # fmt: skip
+    model = OPTForCausalLM(config)
+    with torch.no_grad():
+        for embeddings in (model.model.decoder.embed_tokens, model.model.decoder.embed_positions):
+            embeddings.weight.mul_(opt_embedding_std / config.init_std)
+    return model
 
 
 def shard(job: tuple[str, int, int, float, int]) -> np.ndarray:
@@ -118,13 +130,15 @@ def train(
     workers: int,
     minutes: float,
     out: Path,
+    learning_rate: float,
+    **shape: Any,
 ) -> None:
     """Train, save the model and its record. `minutes` is a safety net: the schedule then ends early, and says so."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(name)
     texts = batches(name, seed, steps, batch, workers)
-    model = build_model(name, len(tokenizer))
+    model = build_model(name, len(tokenizer), **shape)
     model.to(device)  # type: ignore[arg-type]
     forward = torch.compile(model) if device == "cuda" else model
     optimizer = optimizer_of(model, weight_decay, fused=device == "cuda")
@@ -136,7 +150,7 @@ def train(
         progress = max(step / steps, (time.perf_counter() - begun) / (60 * minutes))
         if progress > 1:
             break
-        rate = LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        rate = learning_rate * min(1.0, step / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         tokens: Tensor = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
@@ -154,7 +168,9 @@ def train(
             curve.append({"step": step, "loss": recent.item() / every, "learning_rate": rate, "seconds": seconds})
             recent.zero_()
         if step % 1000 == 0 or step == steps:
+            model.eval()
             scores = accuracies(model, tokenizer, limit=100)
+            model.train()
             growth.append({"step": step, **scores})
             shown = " ".join(f"{task.removeprefix('rw_')} {value:.2f}" for task, value in scores.items())
             print(f"{name} {step}: loss {curve[-1]['loss']:.3f} {seconds:.0f}s | {shown}", flush=True)
@@ -163,7 +179,7 @@ def train(
     save(model, tokenizer, folder)
     record = {
         "model": name, "seed": seed, "steps": step, "planned_steps": steps, "cut_short": progress > 1,
-        "batch": batch, "tokens": step * batch * CONTEXT, "learning_rate": LEARNING_RATE,
+        "batch": batch, "tokens": step * batch * CONTEXT, "learning_rate": learning_rate, "shape": shape,
         "weight_decay": weight_decay, "curriculum": CURRICULUM,
         "parameters": model.num_parameters(), "seconds": round(seconds, 1), "started": started.isoformat(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
@@ -196,5 +212,11 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=8, help="processes that write text")
     parser.add_argument("--minutes", type=float, default=10.0, help="at most this long")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    tried = parser.add_argument_group("tried on ref_opt; the card says what came of it")
+    tried.add_argument("--blocks", type=int, default=BLOCKS)
+    tried.add_argument("--opt-ffn", type=int, default=768)
+    tried.add_argument("--opt-dropout", type=float, default=0.0)
+    tried.add_argument("--opt-embedding-std", type=float, default=0.02, help="of the initial embeddings")
     options = vars(parser.parse_args())
     train(options.pop("model"), **options)
