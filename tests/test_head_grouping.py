@@ -127,8 +127,9 @@ def test_whole_key_value_heads_move_and_repeated_ones_stay_with_their_queries(ra
             assert {head // 4 for head in group} == {rank // (ranks // 4)}
 
 
-def test_key_value_heads_are_as_far_apart_as_all_their_queries_one_after_the_other() -> None:
-    signatures = np.random.default_rng(0).normal(size=(8, 4, 5)) * np.arange(1, 9)[:, None, None]
+@pytest.mark.parametrize("seed", range(12))
+def test_key_value_heads_are_as_far_apart_as_all_their_queries_one_after_the_other(seed: int) -> None:
+    signatures = np.random.default_rng(seed).exponential(size=(8, 4, 5)) ** 3
     heads, whole = signatures.reshape(32, 5), signatures.reshape(8, 20)
     between = np.linalg.norm(whole[:, None] - whole[None, :], axis=-1)
     distances = np.linalg.norm(heads[:, None] - heads[None, :], axis=-1)

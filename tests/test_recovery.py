@@ -189,6 +189,36 @@ def test_recorded_losses_are_those_of_the_blocks_on_samples_held_out(
         assert last < outcome["loss"]["zs"]
 
 
+def test_losses_are_those_of_the_weights_as_rounded_to_the_models_type(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "half", "llama", dtype=torch.bfloat16)
+    model = prepare(spd.load(folder, tp_size=2), "zs_b2b", 0.67)
+    wide = spd.load(folder, tp_size=2, dtype="float32")
+    x, inputs = model.embed(CALIBRATION[-4:])  # rotations are those of the short type
+    x = teacher(wide.blocks[0], x.float(), inputs)
+    treated = wide.read_block(1, {name: t.float() for name, t in model.layer_tensors(model.blocks[1]).items()})
+    with torch.no_grad():
+        error = treated.spd(x, treated.attention(x, **inputs)) - teacher(wide.blocks[1], x, inputs)
+    assert plan_in(model).outcomes[1]["loss"]["b2b"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"), [((1.0, 2.0, 0.5), "hg+b2b"), ((1.0, 2.0, 1.5), "zs"), ((1.0, 0.7, 0.9), "hg")]
+)
+def test_grouping_is_kept_if_what_comes_of_it_is_better_than_zero_shot(
+    model: TensorParallelLM, monkeypatch: pytest.MonkeyPatch, losses: tuple[float, ...], kept: str
+) -> None:
+    plan = dataclasses.replace(plan_of(model, "zs_b2b_hg"), treatment={0: "zs", 1: "zs", 2: "hg+b2b"})
+    given = iter(losses)
+    monkeypatch.setattr(b2b, "distill", lambda *_: {"stopped": None})
+    monkeypatch.setattr(b2b, "block_loss", lambda *_: next(given))
+    original = weights(model, 2)
+    spd.apply(model, plan, CALIBRATION, say=lambda _: None)
+    outcome = plan_in(model).outcomes[2]
+    assert (outcome["kept"], tuple(outcome["loss"].values())) == (kept, losses)
+    assert same(weights(model, 2), original) == (kept == "zs")
+    assert any(note.startswith("Kept zero-shot") for note in outcome["notes"]) == (kept == "zs")
+
+
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)
 @pytest.mark.parametrize(("kind", "tp_size"), [("llama", 4), ("opt", 4), ("qwen2", 4), ("qwen2", 8)])
 def test_a_prepared_model_is_saved_and_loaded_to_the_bit(
@@ -407,12 +437,15 @@ def test_other_settings_are_other_blocks(tiny_llama: Path, tmp_path: Path, cache
     for change in changes:
         assert files(load(), **change) == 1
     assert files(load(), "zs_b2b", corrections=dataclasses.replace(RANK, rank=2)) == 0  # takes no part in it
+    whole = [prepare(load(), strategy, cache=cache) for strategy in ("zs_b2b", "zs_b2b_hg")]
+    assert [plan_in(model).treatment[2] for model in whole] == ["b2b", "hg+b2b"]
+    assert not same(weights(whole[0], 2), weights(whole[1], 2))
     assert files(load(tp_size=4)) == 1
     assert files(load(dtype="bfloat16")) == 1
     assert files(spd.load(make_checkpoint(tmp_path / "other", "llama", seed=1), tp_size=2)) == 1
     model = load()
     spd.apply(model, plan_of(model, "zs_b2b", 0.67), tokens(32, 12, seed=6), distillation=QUICK, cache=cache)
-    assert len(list(cache.folder.iterdir())) == 1 + len(changes) + 4
+    assert len(list(cache.folder.iterdir())) == 1 + len(changes) + 6
 
 
 def test_an_interruption_costs_the_block_it_falls_in(
@@ -471,6 +504,24 @@ def test_half_precision_models_are_prepared_saved_and_loaded(
         assert kinds == {dtype}
     for block in again.blocks:
         assert block.correction is None or {t.dtype for t in block.correction.tensors().values()} == {dtype}
+
+
+@pytest.mark.xfail(strict=True, reason="apply keeps the blocks that an earlier plan treated")
+def test_a_second_plan_is_refused_or_starts_from_the_original(model: TensorParallelLM, tiny_llama: Path) -> None:
+    prepare(model, "zs_b2b")
+    try:
+        prepare(model, "zs")
+    except spd.UserError:
+        return
+    ids = tokens(2, 11)
+    assert torch.equal(model(ids), prepare(spd.load(tiny_llama, tp_size=2), "zs")(ids))
+
+
+@pytest.mark.xfail(strict=True, reason="apply takes a distilled block of a prepared folder for the original")
+def test_a_folder_of_distilled_blocks_is_not_prepared_again(model: TensorParallelLM, tmp_path: Path) -> None:
+    prepare(model, "zs_b2b").save_pretrained(tmp_path / "out")
+    with pytest.raises(spd.UserError):
+        prepare(spd.load(tmp_path / "out"), "zs_b2b")
 
 
 def test_the_caller_keeps_its_model_and_plan(model: TensorParallelLM) -> None:
