@@ -131,8 +131,14 @@ def measure_sensitivity(
         on_progress: called with (models evaluated, models to evaluate), counted over batches.
 
     Raises:
-        UserError: unknown order, no samples, samples of fewer than two tokens, or a loss that is no number.
+        UserError: unknown order, no samples, samples of fewer than two tokens, a model with distilled blocks, or a loss
+            that is no number.
     """
+    if model.distilled:
+        raise UserError(
+            f"Block {model.distilled[0]} was distilled to run dropped, so what it minds cannot be measured any more; "
+            "load the original model."
+        )
     if order not in ORDERS:
         raise UserError(f"order={order!r} is not known; write one of {', '.join(ORDERS)}.")
     if samples.ndim != 2 or samples.shape[0] < 1 or samples.shape[1] < 2:

@@ -37,7 +37,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names: dict = {}
     exec(example, names)
     assert names["logits"].shape == (2, 256, names["model"].config.vocab_size)
-    assert names["tokens"].shape == (2, 24)
+    assert 17 <= names["tokens"].shape[1] <= 24  # fewer than eight new ones where both texts end before
     assert len(names["plan"].dropped) == 6
     assert spd.load("prepared").dropped == tuple(names["plan"].dropped)
     assert names["model"].dropped == (3, 5)

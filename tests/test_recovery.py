@@ -383,7 +383,8 @@ def test_only_blocks_that_are_missing_are_treated(model: TensorParallelLM, tiny_
         again = prepare(
             spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, on_progress=lambda *step: seen.append(step)
         )
-        assert seen in ([(1, 4), (2, 4)], [(3, 4), (4, 4)])
+        # A block from the cache is two steps at once.
+        assert list(dict.fromkeys(seen)) in ([(1, 4), (2, 4), (4, 4)], [(2, 4), (3, 4), (4, 4)])
         assert torch.equal(again(ids), whole(ids))
 
 
@@ -460,7 +461,7 @@ def test_an_interruption_costs_the_block_it_falls_in(
     (file,) = cache.folder.iterdir()
     seen: list[tuple[int, int]] = []
     again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, on_progress=lambda *step: seen.append(step))
-    assert seen == [(3, 4), (4, 4)]
+    assert list(dict.fromkeys(seen)) == [(2, 4), (3, 4), (4, 4)]
     assert file in cache.folder.iterdir()
     whole, ids = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b"), tokens(2, 11)
     assert torch.equal(again(ids), whole(ids))
@@ -482,7 +483,7 @@ def test_a_full_disk_leaves_no_half_written_block(
 def test_progress_counts_up_to_its_end(model: TensorParallelLM) -> None:
     seen: list[tuple[int, int]] = []
     prepare(model, "zs_b2b_hg", on_progress=lambda *step: seen.append(step))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert list(dict.fromkeys(seen)) == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("strategy", ["zs_b2b_hg", "zs_correction_b2b"])
@@ -506,7 +507,6 @@ def test_half_precision_models_are_prepared_saved_and_loaded(
         assert block.correction is None or {t.dtype for t in block.correction.tensors().values()} == {dtype}
 
 
-@pytest.mark.xfail(strict=True, reason="apply keeps the blocks that an earlier plan treated")
 def test_a_second_plan_is_refused_or_starts_from_the_original(model: TensorParallelLM, tiny_llama: Path) -> None:
     prepare(model, "zs_b2b")
     try:
@@ -517,11 +517,28 @@ def test_a_second_plan_is_refused_or_starts_from_the_original(model: TensorParal
     assert torch.equal(model(ids), prepare(spd.load(tiny_llama, tp_size=2), "zs")(ids))
 
 
-@pytest.mark.xfail(strict=True, reason="apply takes a distilled block of a prepared folder for the original")
 def test_a_folder_of_distilled_blocks_is_not_prepared_again(model: TensorParallelLM, tmp_path: Path) -> None:
     prepare(model, "zs_b2b").save_pretrained(tmp_path / "out")
     with pytest.raises(spd.UserError):
         prepare(spd.load(tmp_path / "out"), "zs_b2b")
+    with pytest.raises(spd.UserError, match="distilled"):
+        spd.measure_sensitivity(spd.load(tmp_path / "out"), CALIBRATION)
+
+
+@torch.inference_mode()
+def test_a_model_is_prepared_within_inference_mode_too(model: TensorParallelLM) -> None:
+    assert plan_in(prepare(model, "zs_b2b")).outcomes
+
+
+@pytest.mark.parametrize("strategy", ["zs_hg", "zs_correction", "zs_b2b"])
+def test_progress_reaches_its_end_whatever_is_done(model: TensorParallelLM, strategy: str, tmp_path: Path) -> None:
+    plan, cache = plan_of(model, strategy), BlockCache(tmp_path)
+    spd.apply(model, plan, CALIBRATION, distillation=QUICK, cache=cache)
+    seen: list[tuple[int, int]] = []
+    again = spd.load(model.folder, tp_size=model.tp_size)
+    spd.apply(again, plan, CALIBRATION, distillation=QUICK, cache=cache, on_progress=lambda *at: seen.append(at))
+    assert seen[-1][0] == seen[-1][1]
+    assert seen == sorted(seen)
 
 
 def test_the_caller_keeps_its_model_and_plan(model: TensorParallelLM) -> None:

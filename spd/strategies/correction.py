@@ -213,5 +213,7 @@ class TokenBefore(DynamicLayer):
         return key_states, value_states
 
     def crop(self, max_length: int) -> None:
-        """Raises UserError: tokens further back are not kept."""
+        """Raises UserError unless nothing is taken back: tokens further back are not kept."""
+        if max_length == 0:
+            return
         raise UserError("Assisted generation takes tokens back, which strategy.correction.kind=shift cannot.")

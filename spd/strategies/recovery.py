@@ -8,6 +8,7 @@ on that block alone and can be kept (`BlockCache`) for every drop fraction and s
 Legend: S samples, T tokens, D hidden size.
 """
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -36,6 +37,8 @@ Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def apply(
     model: TensorParallelLM,
     plan: DropPlan,
@@ -63,9 +66,15 @@ def apply(
         say: takes one sentence for the user at a time.
 
     Raises:
-        UserError: the plan is for another model, other weights or another tp size; too little calibration data.
+        UserError: the plan is for another model, other weights or another tp size; blocks were treated already; too
+            little calibration data.
     """
     plan.check_fits(model, weights=True)
+    if model.outcomes:
+        raise UserError(
+            f"Block {min(model.outcomes)} of this model was treated already, by another plan; "
+            "load the original model and apply this plan to that."
+        )
     treated = {i: steps.split("+") for i, steps in plan.treatment.items() if steps != "zs"}
     if treated:
         work = _Recovery(
@@ -84,6 +93,8 @@ def apply(
             fix = Correction(recovered.corrections).to(model.device, model.dtype) if recovered.corrections else None
             model.recover(i, model.read_block(i, recovered.tensors, fix), recovered.outcome)
             outcomes[i] = recovered.outcome
+            if within:
+                within(work.distillation.epochs, work.distillation.epochs)  # also of what was cached or not trained
         plan = dataclasses.replace(plan, recovery=work.settings(set().union(*treated.values())), outcomes=outcomes)
     model.drop(plan.dropped)
     model.plan = plan
@@ -228,7 +239,7 @@ class _Recovery:
                 candidate = read(tensors, new)
                 outcome["correction"] = {"cost": new.cost()}
             else:
-                candidate, new = read(tensors, fix), fix
+                candidate, new = read(tensors, fix and copy.deepcopy(fix).float()), fix
                 outcome["b2b"] = b2b.distill(
                     candidate, x, y, inputs, settings, rate, self.heldout, self.seed + i, on_epoch
                 )
@@ -239,7 +250,9 @@ class _Recovery:
             outcome["seconds"][step] = round(time.perf_counter() - started, 3)
             # Judged as it will be kept: rounded to the model's type.
             rounded = {name: t.to(self.model.dtype) for name, t in self.model.layer_tensors(candidate).items()}
-            losses[step] = b2b.block_loss(read(rounded, new), *judged)
+            if new is not None:
+                new = new.to(self.model.dtype)
+            losses[step] = b2b.block_loss(read(rounded, new and copy.deepcopy(new).float()), *judged)
             if step == "hg" or (math.isfinite(losses[step]) and losses[step] < before):
                 kept.append(step)
                 tensors, fix = rounded, new
