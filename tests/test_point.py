@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from spd import point, results, steps, tracking
-from spd.config import DType, LatencyKind, Order, RunConfig, Tracker
+from spd.config import DType, LatencyKind, Order, RunConfig, Strategy, Tracker
 from spd.launch import RankFailed
 from spd.progress import Display
 from spd.results import Record
@@ -222,6 +222,42 @@ def test_other_weights_of_the_same_shape_are_another_point(config: RunConfig, ru
     second = run(config)
     assert second["key"] != first["key"]
     assert second["perplexity"] != first["perplexity"]
+
+
+def test_treated_blocks_are_in_the_record_and_serve_other_fractions(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.strategy.name, config.strategy.tau1 = Strategy.zs_correction_b2b, -1e9
+    config.model.distillation.learning_rate, config.model.distillation.epochs = 1e-3, 1
+    config.data.recovery_samples, config.drop = 16, 1.0
+    record = run(config)
+    assert record["status"] == "done", record["error"]
+    outcomes = record["plan"]["outcomes"]
+    assert set(outcomes) == {"0", "1", "2"}
+    assert all(outcome["loss"].keys() == {"zs", "correction", "b2b"} for outcome in outcomes.values())
+    assert record["plan"]["recovery"]["seed"] == config.seed
+    assert run(with_drop(config, 0.0))["perplexity"]["value"] != record["perplexity"]["value"]
+    monkeypatch.setattr("spd.strategies.b2b.distill", None)  # not called again
+    half = run(with_drop(config, 0.67))
+    assert half["status"] == "done", half["error"]
+    assert len(half["plan"]["outcomes"]) == 2
+    assert all(outcomes[block] == outcome for block, outcome in half["plan"]["outcomes"].items())
+
+
+def test_latency_pays_for_the_corrections(config: RunConfig, run: Any, counted: Any, monkeypatch: Any) -> None:
+    asked: list[Path | None] = []
+    session = steps.measure_latency
+    monkeypatch.setattr(
+        steps, "measure_latency", lambda *args, **named: asked.append(named["corrections"]) or session(*args, **named)
+    )
+    config.latency.name, config.latency.prompt_length, config.latency.new_tokens = LatencyKind.cpu, 8, 4
+    config.data.recovery_samples, config.strategy.tau1 = 16, -1e9
+    for strategy in (Strategy.zs_hg, Strategy.zs_correction):
+        config.strategy.name = strategy
+        assert run(config)["status"] == "done"
+    assert asked[0] is None
+    assert asked[1] is not None
+    assert asked[1].name == "spd_correction.safetensors"
 
 
 def test_accuracy_comes_from_the_tasks_of_the_folder(config: RunConfig, run: Any, tmp_path: Path) -> None:
