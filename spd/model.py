@@ -223,11 +223,6 @@ class TensorParallelLM(nn.Module):
         self.drop(plan.dropped)
         self.plan = plan
 
-    @property
-    def distilled(self) -> list[int]:
-        """Blocks that were distilled: while they are dropped, their weights are not the original's."""
-        return sorted(i for i, outcome in self.outcomes.items() if "b2b" in outcome["kept"].split("+"))
-
     def recover(self, i: int, block: Block, outcome: dict[str, Any]) -> None:
         """From now on block `i` is this one whenever it is dropped, and the original whenever it is not.
 

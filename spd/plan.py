@@ -28,6 +28,11 @@ STRATEGIES: dict[str, dict[str, str]] = {
 without b2b, are ours): zs nothing, hg head grouping, correction, b2b distillation."""
 
 
+def distilled(outcomes: dict[int, dict[str, Any]]) -> set[int]:
+    """Blocks whose weights are no longer the original function, by what came of them: they serve dropped only."""
+    return {block for block, outcome in outcomes.items() if "b2b" in outcome["kept"].split("+")}
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What a report or a plan was made for, so that it is never used with another model."""
@@ -72,8 +77,8 @@ class DropPlan:
 
     @property
     def distilled(self) -> set[int]:
-        """Blocks whose weights are no longer the original function: they serve dropped only."""
-        return {block for block, outcome in self.outcomes.items() if "b2b" in outcome["kept"].split("+")}
+        """`distilled` of this plan's outcomes."""
+        return distilled(self.outcomes)
 
     @classmethod
     def by_hand(cls, model: "TensorParallelLM") -> "DropPlan":

@@ -26,7 +26,7 @@ from torch import Tensor
 from spd.errors import UserError
 from spd.model import TensorParallelLM
 from spd.perplexity import next_token_loss, to_perplexity
-from spd.plan import ModelIdentity
+from spd.plan import ModelIdentity, distilled
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -134,9 +134,9 @@ def measure_sensitivity(
         UserError: unknown order, no samples, samples of fewer than two tokens, a model with distilled blocks, or a loss
             that is no number.
     """
-    if model.distilled:
+    if lost := distilled(model.outcomes):
         raise UserError(
-            f"Block {model.distilled[0]} was distilled to run dropped, so what it minds cannot be measured any more; "
+            f"Block {min(lost)} was distilled to run dropped, so what it minds cannot be measured any more; "
             "load the original model."
         )
     if order not in ORDERS:
