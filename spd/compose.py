@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -74,11 +75,20 @@ def task_names(include_path: Path) -> list[str]:
     """Names of the lm-eval tasks and groups that the YAML files under a folder define."""
     names = set()
     for file in include_path.rglob("*.yaml"):
-        # lm-eval's own tags (!function) mean nothing here; only the name is wanted.
-        found = re.search(r"^(?:task|group):[ \t]*([\w.-]+)[ \t]*$", file.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            names.add(found[1])
+        try:
+            said = yaml.load(file.read_text(encoding="utf-8"), _WithoutTags)
+        except yaml.YAMLError as error:
+            raise UserError(f"{file} is no YAML: {error}") from error
+        if isinstance(said, dict):
+            names |= {name for key in ("task", "group") if isinstance(name := said.get(key), str)}
     return sorted(names)
+
+
+class _WithoutTags(yaml.SafeLoader):
+    """Reads lm-eval's own tags (!function) as nothing: only names are wanted, and no code is run."""
+
+
+_WithoutTags.add_multi_constructor("!", lambda loader, tag, node: None)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -13,7 +13,7 @@ from spd.config import RunConfig, Tracker, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.launch import RankFailed
 from spd.progress import Display
-from spd.results import FORMAT, Record, Results, environment, is_disk_full
+from spd.results import FORMAT, Record, Results, digest, environment, is_disk_full
 from spd.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -100,10 +100,10 @@ def _describe(error: Exception, record: Record, results: Results) -> str:
 
 
 def _track(record: Record, config: RunConfig, results: Results, display: Display) -> None:
-    """Mirrors a record to W&B, a finished one once: also one that was computed before there was a tracker."""
+    """Mirrors a record to W&B, a finished one once for each sweep: also one computed before there was a tracker."""
     if config.tracker.name is Tracker.none or record["key"] is None:
         return
-    tracked = results.folder(record["key"]) / "tracked"
+    tracked = results.folder(record["key"]) / f"tracked-{digest(config.sweep)[:12]}"
     if record["status"] == "done" and tracked.exists():
         return
     display.step("logging to W&B")

@@ -24,13 +24,15 @@ LATENCIES = ("ttft_ms", "tpot_ms", "ttft_speedup_percent", "tpot_speedup_percent
 def log_point(record: Record, config: RunConfig) -> None:
     """Mirror a point's record as one run: its configuration, and its numbers in history and summary.
 
-    The run's id is made of the record's key, so a point that was interrupted and comes again goes on in its own run. A
-    record without a key (it failed before it was known which point it is) leaves no run.
+    The run's id is made of the record's key and the sweep, so a point that was interrupted and comes again goes on in
+    its own run, and one that several sweeps share has a run in the group of each. A record without a key (it failed
+    before it was known which point it is) leaves no run.
     """
     if config.tracker.name is Tracker.none or record["key"] is None:
         return
     inputs = {**record["config"], "weights": record["weights"], "environment": record["environment"]}
-    with _run(config, f"point-{record['key'][:24]}", point_name(record), "point", inputs) as run:
+    run_id = f"point-{digest([record['key'], config.sweep])[:24]}"
+    with _run(config, run_id, point_name(record), "point", inputs) as run:
         run.log(numbers(record))
         run.summary.update({name: record[name] for name in ("status", "error", "key") if record[name] is not None})
         run.finish(exit_code=0 if record["status"] == "done" else 1)

@@ -1,5 +1,6 @@
 """Folders that are not what they should be, refused before anything is computed."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -181,6 +182,12 @@ def test_a_checkpoint_of_the_bare_decoder_is_found_without_its_prefix(tiny_opt: 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ids = torch.arange(4, 12)[None]
     assert torch.equal(spd.load(folder, tp_size=2)(ids), spd.load(tiny_opt, tp_size=2)(ids))
+
+
+def test_unchanged_weights_are_hashed_once_in_a_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fingerprint(folder)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert fingerprint(folder) == first
 
 
 def test_the_fingerprint_changes_with_a_single_weight(folder: Path, tiny_llama: Path) -> None:

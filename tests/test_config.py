@@ -144,6 +144,18 @@ def test_what_comes_later_is_refused_by_name(override: str, instead: str, texts:
     assert instead in str(error.value)
 
 
+def test_tasks_are_known_however_their_files_write_the_name(texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tasks" / "two.yaml").write_text('task: "quoted"  # why\ndoc_to_text: !function code.no_such\n')
+    (tmp_path / "tasks" / "three.yaml").write_text("group: 'all_of_them'\ntask:\n  - own_task\n  - quoted\n")
+    known = ["own_task", "quoted", "all_of_them"]
+    assert composed([*texts, f"eval.tasks={known}".replace("'", "")]).eval.tasks == known
+    with pytest.raises(UserError, match="no_such"):
+        composed([*texts, "eval.tasks=[no_such]"])
+    (tmp_path / "tasks" / "broken.yaml").write_text("task: [")
+    with pytest.raises(UserError, match=r"broken\.yaml is no YAML"):
+        composed([*texts, "eval.tasks=[own_task]"])
+
+
 def test_official_tasks_are_not_fetched_behind_ones_back(texts: list[str]) -> None:
     with pytest.raises(UserError, match="later version"):
         composed([*texts, "eval.tasks=[arc_easy]", "eval.include_path=null"])

@@ -85,10 +85,18 @@ def test_a_point_becomes_one_run_with_its_config_and_its_numbers(config: RunConf
 
 def test_a_point_that_comes_again_keeps_its_run_id(config: RunConfig) -> None:
     tracking.log_point(make_record(config, 0.5, status="failed", error="killed"), config)
-    tracking.log_point(make_record(config, 0.5), replace(config, sweep="second"))
+    tracking.log_point(make_record(config, 0.5), config)
     tracking.log_point(make_record(config, 1.0), config)
     first, again, other = read_runs(Path(config.output_dir))
     assert first.run.run_id == again.run.run_id != other.run.run_id
+
+
+def test_a_point_that_two_sweeps_share_has_a_run_in_the_group_of_each(config: RunConfig) -> None:
+    tracking.log_point(make_record(config, 0.5), replace(config, sweep="first"))
+    tracking.log_point(make_record(config, 0.5), replace(config, sweep="second"))
+    first, second = read_runs(Path(config.output_dir))
+    assert first.run.run_id != second.run.run_id
+    assert {first.run.run_group, second.run.run_group} == {"first", "second"}
 
 
 def test_what_was_not_measured_is_left_out(config: RunConfig) -> None:
