@@ -51,13 +51,15 @@ def build_model(
     vocabulary_size: int,
     *,
     blocks: int = BLOCKS,
+    width: int = WIDTH,
+    opt_activation: str = "gelu",
     opt_ffn: int = 768,
     opt_dropout: float = 0.0,
     opt_embedding_std: float = 0.02,
 ) -> PreTrainedModel:
     """An untrained reference model of about 5.5 million parameters, by name; the rest is what was tried on ref_opt."""
     shared: dict[str, Any] = {
-        "vocab_size": vocabulary_size, "hidden_size": WIDTH, "num_hidden_layers": blocks,
+        "vocab_size": vocabulary_size, "hidden_size": width, "num_hidden_layers": blocks,
         "num_attention_heads": HEADS, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True,
         "attention_dropout": 0.0, "pad_token_id": PAD, "eos_token_id": EOS,
         "bos_token_id": None if name == "ref_qwen2" else BOS,
@@ -69,8 +71,8 @@ def build_model(
     if name == "ref_qwen2":
         config = Qwen2Config(**shared, intermediate_size=576, num_key_value_heads=4)
         return Qwen2ForCausalLM(config)
-    config = OPTConfig(**shared, ffn_dim=opt_ffn, word_embed_proj_dim=WIDTH, dropout=opt_dropout,
-                       activation_function="relu", do_layer_norm_before=True, enable_bias=True)  # fmt: skip
+    config = OPTConfig(**shared, ffn_dim=opt_ffn, word_embed_proj_dim=width, dropout=opt_dropout,
+                       activation_function=opt_activation, do_layer_norm_before=True, enable_bias=True)  # fmt: skip
     model = OPTForCausalLM(config)
     with torch.no_grad():
         for embeddings in (model.model.decoder.embed_tokens, model.model.decoder.embed_positions):
@@ -94,14 +96,17 @@ def shard(job: tuple[str, int, int, float, int]) -> np.ndarray:
     return filled
 
 
-def batches(name: str, seed: int, steps: int, batch: int, workers: int) -> Iterator[np.ndarray]:
+def batches(
+    name: str, seed: int, steps: int, batch: int, workers: int, curriculum: float = CURRICULUM
+) -> Iterator[np.ndarray]:
     """Fresh rows [batch, CONTEXT] for every step, written by `workers` processes; nothing is seen twice.
 
-    The curriculum: texts get harder over the first `CURRICULUM` of the steps.
+    Texts get harder over the first `curriculum` of the steps.
     """
     per_shard = max(1, ROWS_PER_SHARD // batch)
     shards = math.ceil(steps / per_shard)
-    jobs = [(name, seed, i, min(1.0, i / (CURRICULUM * shards)), per_shard * batch) for i in range(shards)]
+    hard = [min(1.0, i / (curriculum * shards)) if curriculum else 1.0 for i in range(shards)]
+    jobs = [(name, seed, i, hard[i], per_shard * batch) for i in range(shards)]
     pool = get_context("fork").Pool(workers)  # here and not in the generator: before CUDA starts
 
     def rows() -> Iterator[np.ndarray]:
@@ -215,6 +220,8 @@ if __name__ == "__main__":
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     tried = parser.add_argument_group("tried on ref_opt; the card says what came of it")
     tried.add_argument("--blocks", type=int, default=BLOCKS)
+    tried.add_argument("--width", type=int, default=WIDTH)
+    tried.add_argument("--opt-activation", default="gelu", help="a name of transformers' ACT2FN")
     tried.add_argument("--opt-ffn", type=int, default=768)
     tried.add_argument("--opt-dropout", type=float, default=0.0)
     tried.add_argument("--opt-embedding-std", type=float, default=0.02, help="of the initial embeddings")
