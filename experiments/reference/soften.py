@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import spd
 
 from .check import accuracies
+from .tokenizer import build_tokenizer
 from .train import batches, save
 
 
@@ -68,16 +69,15 @@ def soften(
             record["stops"][step] = found
             means = " ".join(f"{name} {found[name]['mean']:.3f}" for name in ("dense", "others", "all"))
             print(f"{out.name} {step}: loss {loss.item():.3f} {found['seconds']}s | {means}", flush=True)
-            _save(model, out / str(step))
+            _save(model, start.name, out / str(step))
     (out / "soften.json").write_text(json.dumps(record, indent=1))
 
 
-def _save(model: spd.TensorParallelLM, folder: Path) -> None:
+def _save(model: spd.TensorParallelLM, name: str, folder: Path) -> None:
     model.drop([])
-    tokenizer: Any = model.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(Path(scratch) / "model")
-        save(AutoModelForCausalLM.from_pretrained(Path(scratch) / "model"), tokenizer, folder)
+        save(AutoModelForCausalLM.from_pretrained(Path(scratch) / "model"), build_tokenizer(name), folder)
 
 
 if __name__ == "__main__":
