@@ -139,66 +139,88 @@ def fit(
     Returns:
         float32, on the device of `x`.
     """
-    moments = [_Moments(x.shape[-1], settings.kind, x.device) for _ in block.shards]
+    moments = _Moments(settings.kind, len(block.shards), x.shape[-1], x.device)
     for batch in x.split(batch_size):
         partials = block.attention(batch, **inputs)
         normed, total = block.norm1(batch), block.ranks.sum(partials)
         before = torch.cat([torch.zeros_like(normed[:, :1]), normed[:, :-1]], dim=1)
-        for p, moment in zip(partials, moments, strict=True):
-            moment.add({"x": normed, "p": p, "b": before}, total - p)
-    solved = [moment.solve(settings) for moment in moments]
+        moments.add({"x": normed, "b": before, "t": total}, partials)
+    solved = [moments.solve(rank, settings) for rank in range(len(block.shards))]
     return Correction({name: torch.stack([one[name] for one in solved]).float() for name in solved[0]})
 
 
 class _Moments:
-    """Sums over tokens from which one rank's least squares are solved, in float64."""
+    """Sums over tokens from which the least squares of every rank are solved, in float64.
 
-    def __init__(self, size: int, kind: CorrectionKind, device: torch.device) -> None:
+    `M_i = t - P_i` with `t = sum_j P_j`. What all ranks have (t, norm1(X), the token before) is multiplied with itself
+    once; a rank adds the products of its `P_i` with these and with itself.
+    """
+
+    def __init__(self, kind: CorrectionKind, ranks: int, size: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.kind, self.features = kind, _FEATURES[kind]
-        features = len(self.features) * size
-        self.count, self.z, self.m = 0, zeros(features), zeros(size)
-        if kind is CorrectionKind.scale:  # needs no matrices, only <P, P> and <P, M>
-            self.zz, self.zm = zeros(), zeros()
-        else:
-            self.zz, self.zm = zeros(features, features), zeros(features, size)
+        self.features, self.kind = _FEATURES[kind], kind
+        self.shared = "t" + self.features.replace("p", "")
+        wide = len(self.shared) * size
+        self.count, self.sums, self.partial_sums = 0, zeros(wide), zeros(ranks, size)
+        if self.features:
+            self.products = zeros(wide, wide)
+            self.partial_products = zeros(ranks, size, wide + size)  # of P_i with the shared ones, then with itself
 
-    def add(self, values: dict[str, Tensor], missing: Tensor) -> None:
-        """Counts the tokens of `M_i` [B, T, D] and of each feature [B, T, D]."""
-        m = missing.flatten(0, 1)
-        self.count += m.shape[0]
-        self.m += m.sum(0)
-        if not self.features:
-            return
-        z = torch.cat([values[name] for name in self.features], dim=-1).flatten(0, 1)
-        self.z += z.sum(0)
-        if self.kind is CorrectionKind.scale:
-            self.zz += (z * z).sum()
-            self.zm += (z * m).sum()
-        else:
+    def add(self, values: dict[str, Tensor], partials: list[Tensor]) -> None:
+        """Counts the tokens of the shared features [B, T, D] and of every rank's `P_i` [B, T, D]."""
+        shared = torch.cat([values[name] for name in self.shared], dim=-1).flatten(0, 1)
+        self.count += shared.shape[0]
+        self.sums += shared.sum(0)
+        if self.features:
             # The products of one batch in float32, several times faster than in float64.
-            self.zz += z.T @ z
-            self.zm += z.T @ m
+            self.products += shared.T @ shared
+        for rank, partial in enumerate(partials):
+            p = partial.flatten(0, 1)
+            self.partial_sums[rank] += p.sum(0)
+            if self.features:
+                self.partial_products[rank] += torch.cat([p.T @ shared, p.T @ p], dim=1)
 
-    def solve(self, settings: CorrectionConfig) -> dict[str, Tensor]:
-        """`constant` and what else the kind has."""
-        z, m = self.z / self.count, self.m / self.count
+    def _mean(self, name: str, rank: int) -> Tensor:
+        if name == "p":
+            return self.partial_sums[rank] / self.count
+        return self.sums.view(len(self.shared), -1)[self.shared.index(name)] / self.count
+
+    def _covariance(self, a: str, b: str, rank: int) -> Tensor:
+        """[D, D] of two features: "t", "x", "b" as in `shared`, or "p" for the rank's own."""
+        size = self.partial_sums.shape[1]
+        columns = (self.shared + "p").index(b) * size
+        if a == "p":
+            rows = self.partial_products[rank]
+        elif b == "p":
+            return self._covariance(b, a, rank).T
+        else:
+            rows = self.products.view(len(self.shared), size, -1)[self.shared.index(a)]
+        product = rows[:, columns : columns + size] / self.count
+        return product - torch.outer(self._mean(a, rank), self._mean(b, rank))
+
+    def solve(self, rank: int, settings: CorrectionConfig) -> dict[str, Tensor]:
+        """A rank's `constant` and what else the kind has."""
+        p, m = self._mean("p", rank), self._mean("t", rank) - self._mean("p", rank)
         if self.kind is CorrectionKind.constant:
             return {"constant": m}
         if self.kind is CorrectionKind.scale:
-            scale = (self.zm / self.count - z @ m) / (self.zz / self.count - z @ z).clamp_min(1e-30)
-            return {"constant": m - scale * z, "scale": scale}
-        covariance = self.zz / self.count - torch.outer(z, z)
+            variance = self._covariance("p", "p", rank).trace()
+            scale = (self._covariance("p", "t", rank).trace() - variance) / variance.clamp_min(1e-30)
+            return {"constant": m - scale * p, "scale": scale}
+        names = self.features
+        covariance = torch.cat([torch.cat([self._covariance(a, b, rank) for b in names], dim=1) for a in names])
+        with_missing = torch.cat([self._covariance(a, "t", rank) - self._covariance(a, "p", rank) for a in names])
         ridge = settings.ridge * covariance.diagonal().mean().clamp_min(1e-30)
-        identity = torch.eye(len(z), dtype=torch.float64, device=z.device)
-        weights = torch.linalg.solve(covariance + ridge * identity, self.zm / self.count - torch.outer(z, m))  # [E, D]
+        identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+        weights = torch.linalg.solve(covariance + ridge * identity, with_missing)  # [E, D]
         # The directions [D, r] in which the predictions vary most.
         _, vectors = torch.linalg.eigh(weights.T @ covariance @ weights)
         directions = vectors[:, -min(settings.rank, vectors.shape[1]) :]
         down = (weights @ directions).T.split(len(m), dim=1)  # [r, D] each
-        maps = {f"down_{name}": part for name, part in zip(self.features, down, strict=True)}
+        maps = {f"down_{name}": part for name, part in zip(names, down, strict=True)}
+        z = torch.cat([self._mean(name, rank) for name in names])
         return {"constant": m - z @ weights @ directions @ directions.T, "up": directions, **maps}
 
 
