@@ -17,7 +17,7 @@ from treated import block_inputs, plan_of, teacher, tokens
 import spd
 from spd.block import Block
 from spd.config import CorrectionConfig, DistillationConfig
-from spd.strategies import b2b
+from spd.strategies import b2b, recovery
 from spd.strategies.correction import fit
 
 QUICK = DistillationConfig(learning_rate=3e-3, epochs=3)
@@ -178,6 +178,19 @@ def test_the_samples_held_out_are_not_trained_on(tiny_llama: Path) -> None:
         return state(lesson.student)
 
     assert same(learned(0.0), learned(0.01))
+
+
+def test_with_products_in_bfloat16_the_losses_are_those_of_the_weights_as_they_are_then(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Autocast's own cache would go on using the weights as they were before the first step.
+    monkeypatch.setattr(recovery, "SHORT_PRODUCTS_ON", ("cpu",))
+    model = spd.load(checkpoint("llama"), tp_size=4, dtype="bfloat16")
+    settings = DistillationConfig(learning_rate=3e-3, epochs=5, batch_size=4)
+    spd.apply(model, plan_of(model, "zs_b2b"), tokens(16, 12), distillation=settings)
+    for outcome in model.outcomes.values():
+        learned, kept = outcome["b2b"]["loss"], outcome["loss"]["b2b"]
+        assert learned[outcome["b2b"]["best_epoch"]] == pytest.approx(kept, rel=0.02), "judged as it is kept"
 
 
 @pytest.mark.parametrize(

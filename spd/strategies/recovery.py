@@ -33,6 +33,9 @@ from spd.strategies.correction import Correction
 PUBLISHED_LEARNING_RATES = {"opt": 1e-6}
 """model_type -> learning rate of the distillation; 5e-5 for the others (LLaMA2 in the paper)."""
 
+SHORT_PRODUCTS_ON = ("cuda",)
+"""Devices on which matrix products of a model in a shorter type are made in bfloat16; elsewhere in float32."""
+
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -204,8 +207,9 @@ class _Recovery:
         return y
 
     def _autocast(self) -> torch.autocast:
-        short = self.model.dtype is not torch.float32 and self.device.type == "cuda"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=short)
+        short = self.model.dtype is not torch.float32 and self.device.type in SHORT_PRODUCTS_ON
+        # Without its cache: that would go on using the weights as they were cast before the first step.
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=short, cache_enabled=False)
 
     def _treat(self, i: int, steps: list[str], on_epoch: Progress | None) -> Recovered:
         while self._at < i:  # blocks before it may have come from the cache
