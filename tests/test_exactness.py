@@ -238,3 +238,19 @@ def test_the_reference_models_equal_transformers_own(folder: Path, tp_size: int)
     if tp_size == 1:
         model.drop(range(model.num_blocks))
         assert_same(model(input_ids), dense_logits(folder, input_ids))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+@pytest.mark.parametrize("folder", REFERENCE_MODELS, ids=lambda folder: folder.name)
+def test_the_reference_models_with_dropped_blocks_are_the_same_cached_and_padded(folder: Path, tp_size: int) -> None:
+    model = spd.load(folder, tp_size=tp_size, dtype="float32")
+    model.drop(range(0, model.num_blocks, 2))
+    input_ids = torch.randint(4, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    logits = model(input_ids)
+    past = model.hf(input_ids[:, :30], use_cache=True).past_key_values
+    assert_same(model.hf(input_ids[:, 30:], past_key_values=past).logits, logits[:, 30:])
+    padded, mask = input_ids.clone(), torch.ones_like(input_ids)
+    padded[0], mask[0, :10] = input_ids[0].roll(10), 0  # the first prompt has thirty tokens, behind ten of padding
+    assert_same(model(padded, attention_mask=mask)[0, 10:], logits[0, :30])
+    assert_same(model(padded, attention_mask=mask)[1], logits[1])

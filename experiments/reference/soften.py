@@ -1,4 +1,4 @@
-"""Fine-tune a reference model for some steps, in half of them without the sync point of one block.
+"""Fine-tune a reference model for some steps, in every other one without the sync point of one block.
 
     python -m experiments.reference.soften build/ref_opt --out build/softer
 
