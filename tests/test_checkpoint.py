@@ -36,6 +36,20 @@ def test_a_hub_id_that_cannot_be_had_is_refused_with_the_reason(monkeypatch: pyt
     refused("nobody/nothing", "'nobody/nothing' is neither a folder here nor")
 
 
+def test_a_hub_id_is_found_in_the_hubs_cache(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    commit = "0" * 40
+    kept = tmp_path / "models--somebody--tiny"
+    shutil.copytree(tiny_llama, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(spd.load("somebody/tiny", tp_size=2)(ids), spd.load(tiny_llama, tp_size=2)(ids))
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
