@@ -22,7 +22,8 @@ def compare_with_virtual_ranks(arguments: dict[str, Any], on_progress: Any) -> d
         assert len(real.blocks[0].shards) == 1
         compares = torch.distributed.get_rank() == 0
         models = [real, spd.load(folder, tp_size=arguments["tp_size"], dtype="float32")] if compares else [real]
-        for dropped in ([], [1], [0, 1, 2]):
+        last = real.num_blocks - 1
+        for dropped in ([], [min(1, last)], list(range(min(2, last) + 1))):
             for model in models:
                 model.drop(dropped)
             logits = [model(ids, attention_mask=mask) for model in models]

@@ -4,7 +4,7 @@ Tolerance: 2e-5 of the largest logit, in fp32.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,10 @@ def test_dropping_changes_the_function_and_dropping_nothing_restores_it(
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> tuple[str, int, dict[str, Any]]:
+def shapes(draw: st.DrawFn, tp_sizes: Sequence[int] = TP_SIZES) -> tuple[str, int, dict[str, Any]]:
     """A family, a tp size, and a config that this tp size cuts evenly."""
     family = draw(st.sampled_from(list(FAMILIES)))
-    tp_size = draw(st.sampled_from(TP_SIZES))
+    tp_size = draw(st.sampled_from(tp_sizes))
     heads = tp_size * draw(st.integers(1, 3))
     head_size = 2 * draw(st.integers(1, 4))
     width = tp_size * draw(st.integers(1, 5))

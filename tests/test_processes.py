@@ -1,9 +1,15 @@
 """One rank a process, started by torchrun over gloo, against virtual ranks."""
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import make_checkpoint
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_exactness import shapes
 from torch import Tensor
 
 import spd
@@ -37,6 +43,28 @@ def test_real_ranks_equal_virtual_ranks(
     for case, (difference, same_tokens) in differences.items():
         assert difference <= 2e-5, case
         assert same_tokens, case
+
+
+@settings(
+    max_examples=2,  # the first is the simplest there is
+    deadline=None,
+    derandomize=True,  # greedy tokens of a random model may tie: the same shapes in every run
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(drawn=st.lists(shapes(tp_sizes=[2]), min_size=6, max_size=6), seed=st.integers(0, 99))
+def test_real_ranks_equal_virtual_ranks_at_any_shape(drawn: list[tuple[str, int, dict[str, Any]]], seed: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {}
+        for i, (family, _, changes) in enumerate(drawn):
+            folders[f"{i} {family}"] = str(make_checkpoint(Path(scratch) / str(i), family, seed=seed, **changes))
+        ids = torch.randint(4, 64, (2, 7), generator=torch.Generator().manual_seed(seed))
+        arguments = {"folders": folders, "tp_size": 2, "input_ids": ids.tolist()}
+        differences = run_ranks("tests.rank_checks:compare_with_virtual_ranks", arguments, tp_size=2, timeout_s=240)
+        assert all(any(case.startswith(name) for case in differences) for name in folders)
+        for case, (difference, same_tokens) in differences.items():
+            assert difference <= 2e-5, (case, drawn)
+            assert same_tokens, (case, drawn)
 
 
 def test_processes_without_torchrun_are_refused(tiny_llama: Path) -> None:
