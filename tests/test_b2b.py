@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
-from treated import block_inputs, plan_of, teacher, tokens
+from treated import block_inputs, plan_of, same, teacher, tokens
 
 import spd
 from spd.block import Block
@@ -25,10 +25,6 @@ QUICK = DistillationConfig(learning_rate=3e-3, epochs=3)
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Lesson:

@@ -1,5 +1,6 @@
 """What the tests of treated blocks share: plans with blocks of every class, and blocks with what goes into them."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 import spd
 from spd.block import Block
-from spd.config import CorrectionConfig
+from spd.config import CorrectionConfig, CorrectionKind, DistillationConfig
 from spd.model import TensorParallelLM
 from spd.plan import DropPlan, ModelIdentity
 from spd.sensitivity import SensitivityReport
@@ -59,3 +60,36 @@ def correct(model: TensorParallelLM, settings: CorrectionConfig, dropped: list[i
         model.recover(i, model.read_block(i, correction=fix), {"kept": "correction", "loss": {}, "notes": []})
     model.drop(dropped)
     return corrections
+
+
+QUICK = DistillationConfig(learning_rate=3e-3, epochs=2, batch_size=8)
+RANK = CorrectionConfig(CorrectionKind.shift, rank=8, ridge=1e-2)
+CALIBRATION = tokens(32, 12)
+
+
+def prepare(model: TensorParallelLM, strategy: str, drop: float = 1.0, **options: Any) -> TensorParallelLM:
+    """Applies a strategy to blocks of every class, quickly."""
+    given: dict[str, Any] = dict(distillation=QUICK, corrections=RANK, say=lambda _: None) | options
+    return spd.apply(model, plan_of(model, strategy, drop), CALIBRATION, **given)
+
+
+def plan_in(model: TensorParallelLM) -> DropPlan:
+    assert model.plan is not None
+    return model.plan
+
+
+def weights(model: TensorParallelLM, i: int) -> dict[str, Tensor]:
+    block = model.blocks[i]
+    return {name: t.clone() for name, t in itertools.chain(block.named_parameters(), block.named_buffers())}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def truncate(data: bytes) -> bytes:
+    return data[:-100]
+
+
+def empty(data: bytes) -> bytes:
+    return b""
