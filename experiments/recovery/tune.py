@@ -3,7 +3,7 @@
     python -m experiments.recovery.tune ref_llama --device cuda --record experiments/recovery/tune_ref_llama.json
 
 Held-out perplexity and the zero-shot mean (the reference tasks' items scored as lm-eval does) beside those of the dense
-model and of zero-shot dropping; seconds are of treating all blocks. `conf/model/ref_*.yaml` was chosen by this.
+model and of zero-shot dropping; seconds are of treating all blocks. `conf/model/ref_*.yaml` is to follow it.
 """
 
 import argparse
