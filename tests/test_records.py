@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.recovery.draw import everything_dropped, over_seeds
 from spd.figures import read_points
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-SWEEPS = sorted(path.parent for path in EXPERIMENTS.glob("*/points.csv"))
+SWEEPS = sorted(path.parent for path in EXPERIMENTS.glob("*/points.csv") if path.parent.name != "recovery")
 
 
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda folder: folder.name)
@@ -20,6 +21,36 @@ def test_a_sweeps_table_is_its_points(folder: Path) -> None:
         accuracy = f"{point.accuracy_mean:.3f} ± {point.accuracy_mean_stderr:.3f}"
         row = f"| {point.drop:g} | {point.num_dropped} | {accuracy} | {point.perplexity:.3f} |"
         assert row in readme
+
+
+def test_what_recovery_wins_back_is_what_its_points_say_and_what_was_asked() -> None:
+    folder = EXPERIMENTS / "recovery"
+    points = read_points(folder / "points.csv")
+    assert (points["status"] == "done").all()
+    rows = over_seeds(points)
+    assert (rows["seeds"] == 3).all()
+    assert everything_dropped(rows) in (folder / "README.md").read_text()
+    for (_, tp_size), part in rows.groupby(["model", "tp_size"]):
+        accuracy = part.pivot(index="drop", columns="strategy", values="accuracy")
+        dense, full = accuracy.loc[0, "zs"], accuracy.loc[1]
+        lost = dense - full["zs"]
+        assert full["zs_b2b"] - full["zs"] >= 0.7 * lost
+        assert full["zs_correction"] - full["zs"] >= 0.4 * lost
+        if tp_size == 8:
+            assert full.max() >= dense - 0.01
+        stderr = part.pivot(index="drop", columns="strategy", values="accuracy_stderr")
+        # Twice the error of a difference of two independent evaluations, wide as both answer the same items.
+        assert (accuracy["zs_correction"] >= accuracy["zs"] - 2 * 2**0.5 * stderr["zs"]).all()
+
+
+def test_one_block_of_the_70b_shape_distils_within_60_gb() -> None:
+    record = json.loads((EXPERIMENTS / "recovery/large_block.json").read_text())
+    assert record["shape"]["hidden_size"] == 8192
+    assert record["samples"] == [128, 2048]
+    assert record["peak_memory_gb"] < 60
+    readme = (EXPERIMENTS / "recovery/README.md").read_text()
+    assert f"**{record['peak_memory_gb']:.1f} GB**" in readme
+    assert f"**{record['epoch_s'][1]:.1f} s an epoch**" in readme
 
 
 def test_the_engines_numbers_are_its_records_and_within_what_was_asked() -> None:

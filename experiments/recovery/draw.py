@@ -25,8 +25,13 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
     """One row a model, tp size, strategy and drop fraction: means over the calibration seeds, and their range.
 
     `accuracy_stderr` is lm-eval's standard error of one evaluation: all seeds answer the same items, so it does not
-    shrink with their number.
+    shrink with their number. `ratio` is the perplexity over that of the dense model on the same held-out windows, which
+    the seed draws too.
     """
+    line = ["model", "tp_size", "strategy", "seed"]
+    dense = points[points["drop"] == 0].set_index(line)["perplexity"].rename("dense")
+    points = points.join(dense, on=line)
+    points["ratio"] = points["perplexity"] / points["dense"]
     return (
         points.groupby(["model", "tp_size", "strategy", "drop"])
         .agg(
@@ -35,8 +40,9 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
             accuracy_high=("accuracy_mean", "max"),
             accuracy_stderr=("accuracy_mean_stderr", "mean"),
             perplexity=("perplexity", "mean"),
-            perplexity_low=("perplexity", "min"),
-            perplexity_high=("perplexity", "max"),
+            ratio=("ratio", "mean"),
+            ratio_low=("ratio", "min"),
+            ratio_high=("ratio", "max"),
             seeds=("accuracy_mean", "size"),
         )
         .reset_index()
@@ -45,19 +51,22 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
 
 def everything_dropped(rows: pd.DataFrame) -> str:
     """The README's table: every block dropped, accuracy in %, the share of ZS's loss that is won back, perplexity."""
-    lines = ["| model | tp | strategy | accuracy | won back | perplexity |", "|---|---|---|---|---|---|"]
+    lines = ["| model | tp | strategy | accuracy | won back | perplexity | over dense |", "|---" * 7 + "|"]
     for (model, tp_size), part in rows.groupby(["model", "tp_size"]):
         dense = part[(part["drop"] == 0) & (part["strategy"] == "zs")].iloc[0]
         full = part[part["drop"] == 1].set_index("strategy")
         zs = full.loc["zs"]
-        lines.append(f"| {model} | {tp_size} | nothing dropped | {_accuracy(dense)} | | {dense['perplexity']:.3f} |")
+        lines.append(f"| {model} | {tp_size} | nothing dropped | {_accuracy(dense)} | | {dense['perplexity']:.3f} | |")
         for strategy in STRATEGIES:
+            if strategy not in full.index:
+                lines.append(f"| | | `{strategy}` | not measured | | | |")
+                continue
             row = full.loc[strategy]
             back = (row["accuracy"] - zs["accuracy"]) / (dense["accuracy"] - zs["accuracy"])
             share = "" if strategy == "zs" else f"{100 * back:.0f} %"
             lines.append(
-                f"| | | `{strategy}` | {_accuracy(row)} | {share} | {row['perplexity']:.3f} "
-                f"[{row['perplexity_low']:.3f}, {row['perplexity_high']:.3f}] |"
+                f"| | | `{strategy}` | {_accuracy(row)} | {share} | {row['perplexity']:.3f} | "
+                f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}] |"
             )
     return "\n".join(lines)
 
@@ -76,7 +85,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     for column, model in enumerate(models):
         for row, tp_size in enumerate(sizes):
             part = rows[(rows["model"] == model) & (rows["tp_size"] == tp_size)]
-            for what, axes in zip(("accuracy", "perplexity"), panels[2 * row : 2 * row + 2, column], strict=True):
+            for what, axes in zip(("accuracy", "ratio"), panels[2 * row : 2 * row + 2, column], strict=True):
                 for k, strategy in enumerate(STRATEGIES):
                     line = part[part["strategy"] == strategy].sort_values("drop")
                     style = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4}
@@ -85,7 +94,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
                     axes.fill_between(line["drop"], *band, color=COLOURS[k], alpha=0.2, linewidth=0)
                 axes.grid(color="#e5e5e5")
                 axes.spines[["top", "right"]].set_visible(False)
-                if what == "perplexity":
+                if what == "ratio":
                     axes.set_yscale("log")
                     axes.yaxis.set_major_formatter("{x:g}")
                     axes.yaxis.set_minor_formatter("{x:g}")
@@ -93,7 +102,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
                 else:
                     axes.set_title(f"{model}, tp {tp_size}", fontsize=10)
                 if column == 0:
-                    axes.set_ylabel("mean accuracy" if what == "accuracy" else "perplexity")
+                    axes.set_ylabel("mean accuracy" if what == "accuracy" else "perplexity / dense")
     for axes in panels[-1]:
         axes.set_xlabel("blocks dropped")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

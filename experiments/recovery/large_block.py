@@ -52,14 +52,14 @@ def checkpoint(shape: dict[str, Any], length: int, folder: Path, device: str) ->
     return folder
 
 
-def measure(small: bool, device: str, epochs: int, batch_size: int) -> dict:
+def measure(small: bool, device: str, epochs: int, batch_size: int, strategy: str) -> dict:
     """Peak memory, seconds an epoch, and the losses."""
     shape, tokens, samples = (SMALL, 64, 16) if small else (LLAMA2_70B, TOKENS, SAMPLES)
     heldout = 2 if small else HELDOUT
     with tempfile.TemporaryDirectory() as folder:
         model = spd.load(checkpoint(shape, tokens, Path(folder), device), tp_size=8, device=device)
         report = SensitivityReport("suffix", 8, [1.0], 1.0, 1, ModelIdentity.of(model))
-        plan = spd.make_plan(report, drop=1.0, strategy="zs_b2b")
+        plan = spd.make_plan(report, drop=1.0, strategy=strategy)
         ids = torch.randint(1000, (samples + heldout, tokens), generator=torch.Generator().manual_seed(0))
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -78,6 +78,7 @@ def measure(small: bool, device: str, epochs: int, batch_size: int) -> dict:
     return {
         "shape": shape,
         "tp_size": 8,
+        "strategy": strategy,
         "samples": [samples, tokens],
         "batch_size": batch_size,
         "peak_memory_gb": peak,
@@ -94,9 +95,10 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=DistillationConfig.batch_size)
+    parser.add_argument("--strategy", default="zs_b2b")
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    found = measure(options.small, options.device, options.epochs, options.batch_size)
+    found = measure(options.small, options.device, options.epochs, options.batch_size, options.strategy)
     print(json.dumps({name: found[name] for name in ("peak_memory_gb", "epoch_s", "outcome")}, indent=1))
     if options.record:
         options.record.write_text(json.dumps(found, indent=1) + "\n")

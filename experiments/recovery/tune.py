@@ -1,17 +1,19 @@
-"""Which distillation settings win back most: every block of a reference model dropped, at tp 8, over a grid.
+"""Which settings win back most: every block of a reference model dropped, at tp 8, over a grid.
 
-    python -m experiments.recovery.tune ref_llama --device cuda --record experiments/recovery/tune_ref_llama.json
+    python -m experiments.recovery.tune ref_llama --device cuda --record experiments/recovery/tune.csv
 
-Held-out perplexity and the zero-shot mean (the reference tasks' items scored as lm-eval does) beside those of the dense
-model and of zero-shot dropping; seconds are of treating all blocks. `conf/model/ref_*.yaml` is to follow it.
+Held-out perplexity and the zero-shot mean (the reference tasks' items scored as lm-eval does), after those of the dense
+model and of zero-shot dropping; seconds are of treating all blocks. `conf/model/ref_*.yaml` follows it.
 """
 
 import argparse
 import itertools
-import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 import spd
 from experiments.reference.check import accuracies
@@ -19,9 +21,8 @@ from experiments.reference.train import MODELS
 from experiments.reference.write import HERE as REFERENCE
 from spd.config import CorrectionConfig, CorrectionKind, DistillationConfig
 from spd.perplexity import perplexity
-from spd.results import environment
 
-SAMPLES, SEQUENCE_LENGTH = 512, 256
+SAMPLES, SEQUENCE_LENGTH = 900, 256
 
 
 def tune(
@@ -35,12 +36,12 @@ def tune(
     batch_sizes: list[int],
     kinds: list[CorrectionKind],
     ranks: list[int],
+    tau1: float,
     samples: int,
     limit: int | None,
-) -> dict[str, Any]:
-    """One row for each setting: learning rate, epochs, batch size, kind and rank of the correction."""
+) -> Iterator[dict[str, Any]]:
+    """A row for the dense model, one for zero-shot dropping, and one for each setting."""
     folder = REFERENCE / "models" / name
-    rows: list[dict[str, Any]] = []
 
     def look(model: spd.TensorParallelLM) -> dict[str, float]:
         heldout = spd.load_samples(REFERENCE / "data/heldout.txt", model.tokenizer, 32, SEQUENCE_LENGTH)
@@ -50,13 +51,21 @@ def tune(
     model = spd.load(folder, tp_size=tp_size, device=device, dtype="float32")
     calibration = spd.load_samples(REFERENCE / "data/calibration.txt", model.tokenizer, samples, SEQUENCE_LENGTH)
     report = spd.measure_sensitivity(model, calibration[:32])
-    found = {"model": name, "tp_size": tp_size, "strategy": strategy, "limit": limit, "dense": look(model)}
+    common = {"model": name, "tp_size": tp_size}
+    yield common | {"strategy": "dense"} | look(model)
     model.drop(range(model.num_blocks))
-    found["zs"] = look(model)
-    grid = itertools.product(learning_rates, epochs, batch_sizes, kinds, ranks)
+    yield common | {"strategy": "zs"} | look(model)
+    distilled, corrected = "b2b" in strategy, "correction" in strategy
+    grid = itertools.product(
+        learning_rates if distilled else learning_rates[:1],
+        epochs if distilled else epochs[:1],
+        batch_sizes if distilled else batch_sizes[:1],
+        kinds if corrected else kinds[:1],
+        ranks if corrected else ranks[:1],
+    )
     for rate, passes, batch, kind, rank in grid:
         model = spd.load(folder, tp_size=tp_size, device=device, dtype="float32")
-        plan = spd.make_plan(report, drop=1.0, strategy=strategy, tau1=0.0, tau2=0.5)
+        plan = spd.make_plan(report, drop=1.0, strategy=strategy, tau1=tau1, tau2=0.5)
         begun = time.perf_counter()
         spd.apply(
             model,
@@ -66,13 +75,13 @@ def tune(
             corrections=CorrectionConfig(kind=kind, rank=rank),
             say=lambda _: None,
         )
-        seconds = time.perf_counter() - begun
-        row = {"learning_rate": rate, "epochs": passes, "batch_size": batch, "kind": kind.name, "rank": rank}
-        kept = {i: outcome["kept"] for i, outcome in model.outcomes.items()}
-        rows.append(row | look(model) | {"seconds": round(seconds, 1), "kept": kept})
-        shown = {key: value for key, value in rows[-1].items() if key != "kept"}
-        print(name, strategy, *(f"{key} {value}" for key, value in shown.items()), flush=True)
-    return found | {"rows": rows, "environment": environment()}
+        seconds = round(time.perf_counter() - begun, 1)
+        row = common | {"strategy": strategy, "tau1": tau1, "samples": samples}
+        if distilled:
+            row |= {"learning_rate": rate, "epochs": passes, "batch_size": batch}
+        if corrected:
+            row |= {"kind": kind.name, "rank": rank}
+        yield row | {"blocks": len(model.outcomes), "seconds": seconds} | look(model)
 
 
 if __name__ == "__main__":
@@ -86,11 +95,15 @@ if __name__ == "__main__":
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--kinds", type=CorrectionKind, nargs="+", default=[CorrectionConfig.kind])
     parser.add_argument("--ranks", type=int, nargs="+", default=[CorrectionConfig.rank])
+    parser.add_argument("--tau1", type=float, default=-1.0)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--limit", type=int, help="items a task; by default all")
-    parser.add_argument("--record", type=Path)
+    parser.add_argument("--record", type=Path, help="a CSV file, to which the rows are added")
     options = vars(parser.parse_args())
     record = options.pop("record")
-    result = tune(options.pop("model"), **options)
-    if record:
-        record.write_text(json.dumps(result, indent=1) + "\n")
+    rows = pd.read_csv(record) if record and record.exists() else pd.DataFrame()
+    for found in tune(options.pop("model"), **options):
+        print(*(f"{key} {value}" for key, value in found.items()), flush=True)
+        rows = pd.concat([rows, pd.DataFrame([found])], ignore_index=True)
+        if record:
+            rows.drop_duplicates().to_csv(record, index=False)
