@@ -1,7 +1,4 @@
-"""Accuracy through lm-eval: its tasks, its scoring, its standard errors; the model is ours.
-
-Legend: B batch, T tokens, V vocabulary.
-"""
+"""Accuracy through lm-eval: its tasks, its scoring, its standard errors; the model is ours."""
 
 import difflib
 import logging
@@ -12,62 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import Tensor
 
+from spd.answers import Answers, identity
 from spd.errors import UserError
+from spd.harness import SpdLM
 from spd.model import TensorParallelLM
-from spd.ranks import VirtualRanks
+from spd.results import digest
 
 MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score")
 """The metric that stands for a task, the first of these it reports; a task's other metrics are kept beside it."""
 
 
-class SpdLM(HFLM):
-    """A TensorParallelLM as an lm-eval model: lm-eval's own Hugging Face class over our forward.
+class _Tasks(TaskManager):
+    """lm-eval's task index, which also knows the versions of what it loaded."""
 
-    Given a model object, that class sees rank 0 of 1 on every process, so that all ranks get the same requests: what
-    tensor parallelism needs.
-    """
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.versions: dict[str, Any] = {}
 
-    def __init__(
-        self, model: TensorParallelLM, batch_size: int, on_progress: Callable[[int, int], None] | None
-    ) -> None:
-        super().__init__(pretrained=model.hf, tokenizer=model.tokenizer, batch_size=batch_size)
-        self.tensor_parallel = model
-        self.cache_hook = _Answers(on_progress)
-
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of right-padded ids [B, T]; attention is causal, so padding changes nothing before it."""
-        return self.tensor_parallel(inps)
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self.cache_hook.expect(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self.cache_hook.expect(len(requests))
-        return super().generate_until(requests, disable_tqdm=True)
+    def load(self, *args: Any, **options: Any) -> Any:
+        loaded = super().load(*args, **options)
+        self.versions |= {name: task.VERSION for name, task in loaded["tasks"].items()}
+        return loaded
 
 
-class _Answers:
-    """Stands where lm-eval's request cache would and counts the answers given, for the progress display."""
-
-    def __init__(self, on_progress: Callable[[int, int], None] | None) -> None:
-        self.on_progress, self.done, self.total = on_progress, 0, 0
-
-    def expect(self, requests: int) -> None:
-        self.total += requests
-
-    def add_partial(self, method: str, request: Any, answer: Any) -> None:
-        self.done += 1
-        if self.on_progress:
-            self.on_progress(self.done, self.total)
-
-
-def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> TaskManager:
+def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> _Tasks:
     """lm-eval's task index, made sure to know the tasks: those of a folder alone if they suffice, else its own too.
 
     Raises:
@@ -76,10 +43,10 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise UserError(f"The task folder {include_path} (eval.include_path) does not exist.")
-        local = TaskManager(include_path=str(include_path), include_defaults=False)
+        local = _Tasks(include_path=str(include_path), include_defaults=False)
         if all(task in local.all_tasks for task in tasks):
             return local
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    manager = _Tasks(include_path=str(include_path) if include_path else None)
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
@@ -92,21 +59,23 @@ def evaluate(
     tasks: Sequence[str],
     include_path: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | str = 32,
     num_fewshot: int | None = None,
     seed: int = 0,
+    answers: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores the model, with the blocks it has dropped, on lm-eval tasks.
 
     Args:
-        model: with virtual ranks.
+        model: of virtual ranks, or of real ones, which all call this with the same arguments.
         tasks: names of tasks or groups.
         include_path: folder of task YAMLs beside lm-eval's own.
         limit: the first so many items of each task; None is all.
-        batch_size: sequences at a time, formed by length.
+        batch_size: sequences at a time, formed by length; "auto" is the largest that fits (virtual ranks).
         num_fewshot: examples before each item; None is what the task says.
         seed: of the few-shot choice.
+        answers: folder in which answers are kept as they come, under what determines them, and looked for.
         on_progress: called with (requests answered, requests known of).
 
     Returns:
@@ -115,17 +84,21 @@ def evaluate(
         equally and takes their errors as independent.
 
     Raises:
-        UserError: an unknown task, one that reports none of the main metrics, or a model of real ranks.
+        UserError: an unknown task, one that reports none of the main metrics, batch_size="auto" with real ranks.
     """
-    if not isinstance(model.ranks, VirtualRanks):
-        raise UserError("lm-eval gives results to local rank 0 alone; evaluate with ranks='virtual'.")
     manager = task_manager(tasks, include_path)
     # lm-eval would bootstrap some errors in forked processes, and a fork of one that has computed with threads can wait
     # for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    file = Path(answers) / f"{digest(identity(model))}.jsonl" if answers else None
     results = simple_evaluate(
-        model=SpdLM(model, batch_size, on_progress),
+        model=SpdLM(
+            model,
+            batch_size=batch_size,
+            answers=Answers(file, lambda: manager.versions),
+            on_progress=on_progress or (lambda done, total: None),
+        ),
         tasks=list(tasks),
         task_manager=manager,
         limit=limit,
@@ -134,7 +107,8 @@ def evaluate(
         bootstrap_iters=1000,
         log_samples=False,
     )
-    scores = {task: _score(task, results) for task in tasks}
+    # lm-eval gives results to local rank 0 alone.
+    scores = model.ranks.of_first({task: _score(task, results) for task in tasks} if results else {})
     errors = [score["stderr"] for score in scores.values()]
     return {
         "mean": {

@@ -10,12 +10,15 @@ import operator
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from spd.errors import UserError
+
+T = TypeVar("T")
 
 
 class VirtualRanks:
@@ -32,6 +35,10 @@ class VirtualRanks:
             return first
         # Only the first addition makes a new tensor: the partial results stay as they are, and fresh memory is slow.
         return functools.reduce(operator.iadd, remaining, first + rest[0])
+
+    def of_first(self, value: T) -> T:
+        """What rank 0 has."""
+        return value
 
 
 class ProcessRanks:
@@ -68,6 +75,15 @@ class ProcessRanks:
         total = partial.clone()
         dist.all_reduce(total)
         return total
+
+    def of_first(self, value: T) -> T:
+        """What rank 0 has, on every rank: a tensor of the shape that all have, in place, or any other small thing."""
+        if isinstance(value, Tensor):
+            dist.broadcast(value, src=0)
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
 
 
 Ranks = VirtualRanks | ProcessRanks

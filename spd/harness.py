@@ -1,0 +1,145 @@
+"""The lm-eval model `spd`: a TensorParallelLM behind lm-eval's own Hugging Face class.
+
+    lm_eval --model spd --model_args pretrained=<folder>,tp_size=8,plan=plan.json --tasks arc_easy
+
+With virtual ranks one process answers. With `ranks=processes`, under torchrun, all ranks answer the same requests in
+lock-step.
+
+Legend: B batch, T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from spd.answers import Answers
+from spd.errors import UserError
+from spd.loading import load
+from spd.model import TensorParallelLM
+from spd.plan import DropPlan
+from spd.ranks import VirtualRanks
+from spd.strategies.recovery import apply
+
+
+@register_model("spd")
+class SpdLM(HFLM):
+    """A TensorParallelLM as an lm-eval model.
+
+    Given a model object, lm-eval's class sees rank 0 of 1 on every process, so that all ranks get the same requests:
+    what tensor parallelism needs.
+
+    Args:
+        pretrained: the model, or what `spd.load` loads: a folder or hub id.
+        tp_size, ranks, dtype, device: as for `spd.load`.
+        plan: file of a zero-shot plan to apply. Treated blocks come with a folder that `save_pretrained` wrote.
+        batch_size: sequences at a time, formed by length; "auto" takes the largest that fits in memory (virtual ranks).
+        max_batch_size: where "auto" begins.
+        max_length, add_bos_token, prefix_token_id: as for lm-eval's `hf`.
+        answers: what was answered before, and where answers are kept.
+        on_progress: called with (requests answered, requests known of); by default lm-eval shows its own bars.
+
+    Raises:
+        UserError: as `spd.load`; a plan that treats blocks; batch_size=auto with ranks=processes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | TensorParallelLM,
+        tp_size: int | None = None,
+        plan: str | None = None,
+        ranks: str = "virtual",
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        answers: Answers | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if isinstance(pretrained, TensorParallelLM):
+            model = pretrained
+        else:
+            given = DropPlan.load(plan) if plan else None
+            if given and set(given.treatment.values()) - {"zs"}:
+                raise UserError(
+                    f"{plan} treats blocks ({given.strategy}), which takes calibration data; apply it with spd.apply, "
+                    "save the model with save_pretrained and give that folder as pretrained."
+                )
+            size = tp_size or (given.tp_size if given else None)
+            model = load(pretrained, size, ranks, None if dtype == "auto" else dtype, device)
+            if given:
+                apply(model, given)
+        self.virtual = isinstance(model.ranks, VirtualRanks)
+        if not self.virtual and str(batch_size).startswith("auto"):
+            raise UserError(
+                "batch_size=auto is found by each rank for itself, and real ranks must agree; give a number."
+            )
+        super().__init__(
+            pretrained=model.hf,
+            tokenizer=model.tokenizer,
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+            add_bos_token=add_bos_token,
+            prefix_token_id=prefix_token_id,
+        )
+        self.tensor_parallel = model
+        self.answers, self.on_progress = answers or Answers(), on_progress
+        self.cache_hook = self
+        self._done = self._total = 0
+
+    def add_partial(self, method: str, args: Any, answer: Any) -> None:
+        """Takes an answer as soon as it is there: this model stands where lm-eval's request cache would."""
+        if 0 in self.tensor_parallel.ranks.local:
+            self.answers.add(method, args, answer)
+        self._done += 1
+        if self.on_progress:
+            self.on_progress(self._done, self._total)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        quiet = disable_tqdm or self.on_progress is not None
+        return self._answer(requests, lambda rest: super(SpdLM, self).loglikelihood(rest, disable_tqdm=quiet))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        def one_by_one(rest: list[Instance]) -> list[float]:
+            # lm-eval tells of these answers only when it has all that it was asked for.
+            one = super(SpdLM, self).loglikelihood_rolling
+            return [one([request], disable_tqdm=True)[0] for request in rest]
+
+        return self._answer(requests, one_by_one)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        quiet = disable_tqdm or self.on_progress is not None
+        return self._answer(requests, lambda rest: super(SpdLM, self).generate_until(rest, disable_tqdm=quiet))
+
+    def _answer(self, requests: list[Instance], compute: Callable[[list[Instance]], Sequence[Any]]) -> list[Any]:
+        """Answers to the requests, those computed that are not known."""
+        # Rank 0 knows what was answered: the ranks must not differ in what they compute.
+        known = self.tensor_parallel.ranks.of_first([self.answers.find(request) for request in requests])
+        rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
+        self._total += len(rest)
+        fresh = iter(compute(rest) if rest else [])
+        return [next(fresh) if answer is None else answer for answer in known]
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        return super()._loglikelihood_tokens(requests, disable_tqdm or self.on_progress is not None, override_bs)
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of right-padded ids [B, T]; attention is causal, so padding changes nothing before it."""
+        return self.tensor_parallel(inps)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        if not self.virtual:
+            # So that a tie, or a rounding, cannot split the ranks.
+            same = self.tensor_parallel.ranks.of_first
+            options["logits_processor"] = LogitsProcessorList([lambda _, scores: same(scores.contiguous())])
+        return super()._model_generate(context, max_length, stop, **options)
