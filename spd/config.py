@@ -124,7 +124,7 @@ class CorrectionConfig:
     rank: int = 32
     """Rank r of the linear maps; a rank multiplies r (features + D) numbers more a token."""
     ridge: float = 1e-4
-    """Ridge penalty, relative to the mean variance of the features."""
+    """Ridge penalty, relative to the mean variance of each kind of feature: norm1(X), P_i, the token before."""
 
     def check(self) -> None:
         _need(self.rank >= 1, f"strategy.correction.rank={self.rank} leaves no map; give 1 or more (32 by default).")

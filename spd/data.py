@@ -29,14 +29,7 @@ def load_samples(
     Raises:
         UserError: the file is missing, not readable as that format, empty, or shorter than one sequence.
     """
-    path = Path(path)
-    documents = _read_documents(path)
-    if not documents:
-        raise UserError(f"{path} holds no text; give a file with one document a line.")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # A whole file is longer than any context, and the tokenizer would warn of that.
-    encoded = tokenizer(documents, verbose=False)["input_ids"]
-    tokens = list(itertools.chain.from_iterable(ids if ids[-1:] == end else ids + end for ids in encoded))
+    tokens = _tokens(Path(path), tokenizer)
     if len(tokens) < sequence_length:
         raise UserError(
             f"{path} has {len(tokens)} tokens, fewer than one sequence of {sequence_length}; "
@@ -51,6 +44,21 @@ def load_samples(
     else:
         starts = torch.randint(len(tokens) - sequence_length + 1, (samples,), generator=generator)
     return torch.tensor(tokens)[starts[:, None] + torch.arange(sequence_length)]
+
+
+def count_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens `load_samples` has to draw from."""
+    return len(_tokens(Path(path), tokenizer))
+
+
+def _tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    documents = _read_documents(path)
+    if not documents:
+        raise UserError(f"{path} holds no text; give a file with one document a line.")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # A whole file is longer than any context, and the tokenizer would warn of that.
+    encoded = tokenizer(documents, verbose=False)["input_ids"]
+    return list(itertools.chain.from_iterable(ids if ids[-1:] == end else ids + end for ids in encoded))
 
 
 def _read_documents(path: Path) -> list[str]:

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spd import checkpoint
 from spd.checkpoint import Checkpoint, read_config, read_tokenizer
-from spd.config import Device, LatencyKind, RunConfig, find_path, need_path
-from spd.data import load_samples
+from spd.config import Device, LatencyKind, RunConfig, Strategy, find_path, need_path
+from spd.data import count_tokens, load_samples
 from spd.errors import UserError
 from spd.families import family_of
 from spd.launch import check_port
@@ -34,11 +34,18 @@ def check(config: RunConfig, here: bool = True) -> None:
     tp_size = config.parallel.tp_size
     check_tp_size(family_of(hf), hf, tp_size)
     Checkpoint(folder)  # opens every weight file, reads headers only
-    if (folder / PLAN_FILE).is_file() and (made_for := DropPlan.load(folder / PLAN_FILE).tp_size) != tp_size:
-        raise UserError(
-            f"{folder} was saved with a plan for tp_size={made_for}, and parallel.tp_size={tp_size}; "
-            f"write parallel.tp_size={made_for}, or give the original checkpoint."
-        )
+    if (folder / PLAN_FILE).is_file():
+        plan = DropPlan.load(folder / PLAN_FILE)
+        if plan.tp_size != tp_size:
+            raise UserError(
+                f"{folder} was saved with a plan for tp_size={plan.tp_size}, and parallel.tp_size={tp_size}; "
+                f"write parallel.tp_size={plan.tp_size}, or give the original checkpoint."
+            )
+        if plan.outcomes:
+            raise UserError(
+                f"Block {min(plan.outcomes)} of {folder} was treated already ({plan.strategy}); "
+                "give the original checkpoint."
+            )
     lengths = {"data.sequence_length": config.data.sequence_length}
     if config.latency.name is not LatencyKind.none:
         both = config.latency.prompt_length + config.latency.new_tokens
@@ -51,8 +58,24 @@ def check(config: RunConfig, here: bool = True) -> None:
         check_port(config.parallel.port)
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
+    tokenizer = read_tokenizer(folder)
     for setting in ("path", "heldout_path"):
-        samples_of(config, setting, read_tokenizer(folder))
+        samples_of(config, setting, tokenizer)
+    if config.strategy.name is not Strategy.zs and config.drop > 0:
+        _check_recovery_text(config, tokenizer)
+
+
+def _check_recovery_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the windows of the calibration text would overlap: the held-out ones could not judge."""
+    data = config.data
+    needed = data.recovery_samples * data.sequence_length
+    tokens = count_tokens(need_path(data.path, "data.path"), tokenizer)
+    if tokens < needed:
+        raise UserError(
+            f"{data.path} has {tokens} tokens, too few for data.recovery_samples={data.recovery_samples} of "
+            f"data.sequence_length={data.sequence_length} that do not overlap; give a longer text or at most "
+            f"data.recovery_samples={tokens // data.sequence_length}."
+        )
 
 
 def file_digests(config: RunConfig, folder: Path) -> dict[str, str | None]:

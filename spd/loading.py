@@ -51,7 +51,7 @@ def load(
     check_tp_size(family, config, tp_size)
     if ranks not in ("virtual", "processes"):
         raise UserError(f"ranks={ranks!r} is not known; write 'virtual' or 'processes'.")
-    where = _device(device, ranks)
+    where = find_device(device, ranks)
     # The checkpoint is looked at before any process group is made: a bad one should fail on every rank by itself.
     checkpoint = Checkpoint(folder)
     who: Ranks = VirtualRanks(tp_size) if ranks == "virtual" else ProcessRanks(tp_size, where)
@@ -62,7 +62,8 @@ def load(
     return model
 
 
-def _device(device: str | torch.device | None, ranks: str) -> torch.device:
+def find_device(device: str | torch.device | None, ranks: str) -> torch.device:
+    """The device, made sure to be there; each process under torchrun has its own GPU."""
     if device is None:
         device = "cuda" if ranks == "processes" and torch.cuda.is_available() else "cpu"
     try:

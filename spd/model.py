@@ -224,15 +224,19 @@ class TensorParallelLM(nn.Module):
         self.plan = plan
 
     def recover(self, i: int, block: Block, outcome: dict[str, Any]) -> None:
-        """From now on block `i` is this one whenever it is dropped, and the original whenever it is not.
+        """Block `i` is this one from now on whenever it is dropped, as it is now, and the original whenever it is not.
 
         `outcome` is what a plan says of it (`DropPlan.outcomes`).
         """
         self.outcomes[i] = outcome
-        if self.blocks[i].dropped:
-            self.decoder.layers[i] = block
-            block.dropped = True
-        self._recovered[i] = block
+        self._recovered[i] = self.decoder.layers[i] = block
+        block.dropped = True
+
+    def forget(self) -> None:
+        """Takes back what `recover` did: the original blocks, nothing dropped."""
+        self.drop([])
+        self._recovered.clear()
+        self.outcomes.clear()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; `attention_mask` [B, T] has 0 at padding, on either side."""

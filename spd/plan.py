@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd.errors import UserError
+from spd.results import write_json
 
 if TYPE_CHECKING:
     from spd.model import TensorParallelLM
@@ -105,7 +106,7 @@ class DropPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "DropPlan":

@@ -33,7 +33,7 @@ from spd.config import ROOT
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 2
+FORMAT = 3
 """Version of records and caches. Raised when a change of the code changes what a configuration gives."""
 
 Record = dict[str, Any]

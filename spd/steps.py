@@ -102,7 +102,12 @@ class Steps:
             "treatment": treatment,
             "distillation": config["model"]["distillation"],
             "correction": config["strategy"]["correction"],
-            "calibration": [self.files["calibration"], config["data"]["recovery_samples"], self.config.seed],
+            "calibration": [
+                self.files["calibration"],
+                config["data"]["recovery_samples"],
+                config["data"]["sequence_length"],
+                self.config.seed,
+            ],
         }
 
     @cached_property
@@ -252,6 +257,8 @@ class Steps:
             corrections = self.results.folder(self.key) / CORRECTION_FILE if corrected else None
             if corrections:
                 self._apply(self._load(), widest).save_corrections(corrections)
+                if not corrections.is_file():  # none was kept
+                    corrections = None
             self.display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} ranks")
             return measure_latency(
                 self.folder,

@@ -62,9 +62,9 @@ def test_treated_blocks_are_kept_for_later_and_for_larger_fractions(
 ) -> None:
     ids = tokens(2, 11)
     first = prepare(spd.load(tiny_opt, tp_size=2), strategy, 0.67, cache=cache)
-    assert len(list(cache.folder.iterdir())) == 1
+    assert len(list(cache.folder.glob("*.safetensors"))) == 1
     all_ = prepare(spd.load(tiny_opt, tp_size=2), strategy, cache=cache)
-    kept = sorted(cache.folder.iterdir())
+    kept = sorted(cache.folder.glob("*.safetensors"))
     assert len(kept) == 2
     assert same(weights(first, 1), weights(all_, 1))
     no_distilling()
@@ -75,13 +75,13 @@ def test_treated_blocks_are_kept_for_later_and_for_larger_fractions(
         assert {i: o["loss"] for i, o in plan_in(again).outcomes.items()} == {
             i: o["loss"] for i, o in plan_in(wanted).outcomes.items()
         }
-    assert sorted(cache.folder.iterdir()) == kept
+    assert sorted(cache.folder.glob("*.safetensors")) == kept
 
 
 def test_only_blocks_that_are_missing_are_treated(model: TensorParallelLM, tiny_llama: Path, cache: BlockCache) -> None:
     whole, ids = prepare(model, "zs_b2b", cache=cache), tokens(2, 11)
     seen: list[tuple[int, int]] = []
-    for file in sorted(cache.folder.iterdir()):
+    for file in sorted(cache.folder.glob("*.safetensors")):
         file.unlink()
         seen.clear()
         again = prepare(
@@ -96,7 +96,7 @@ def test_a_damaged_file_is_said_and_made_again(
     tiny_llama: Path, cache: BlockCache, no_distilling: Callable[[], None]
 ) -> None:
     whole, ids = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", 0.67, cache=cache), tokens(2, 11)
-    (file,) = cache.folder.iterdir()
+    (file,) = cache.folder.glob("*.safetensors")
     for harm in (truncate, flip_a_bit, empty, scribble):
         file.write_bytes(harm(file.read_bytes()))
         said: list[str] = []
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_said_and_made_again(
 
 def test_a_file_under_another_blocks_name_is_not_taken_for_it(tiny_llama: Path, cache: BlockCache) -> None:
     whole, ids, said = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache), tokens(2, 11), list[str]()
-    one, other = cache.folder.iterdir()
+    one, other = cache.folder.glob("*.safetensors")
     one.write_bytes(other.read_bytes())
     again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, say=said.append)
     assert any("it holds another block" in line for line in said)
@@ -119,9 +119,9 @@ def test_a_file_under_another_blocks_name_is_not_taken_for_it(tiny_llama: Path, 
 def test_other_settings_are_other_blocks(tiny_llama: Path, tmp_path: Path, cache: BlockCache) -> None:
     def files(model: TensorParallelLM, strategy: str = "zs_correction_b2b", **options: Any) -> int:
         """How many were added."""
-        before = len(list(cache.folder.iterdir())) if cache.folder.exists() else 0
+        before = len(list(cache.folder.glob("*.safetensors"))) if cache.folder.exists() else 0
         prepare(model, strategy, 0.67, cache=cache, **options)
-        return len(list(cache.folder.iterdir())) - before
+        return len(list(cache.folder.glob("*.safetensors"))) - before
 
     def load(tp_size: int = 2, **options: Any) -> TensorParallelLM:
         return spd.load(tiny_llama, tp_size=tp_size, **options)
@@ -150,7 +150,7 @@ def test_other_settings_are_other_blocks(tiny_llama: Path, tmp_path: Path, cache
     assert files(spd.load(make_checkpoint(tmp_path / "other", "llama", seed=1), tp_size=2)) == 1
     model = load()
     spd.apply(model, plan_of(model, "zs_b2b", 0.67), tokens(32, 12, seed=6), distillation=QUICK, cache=cache)
-    assert len(list(cache.folder.iterdir())) == 1 + len(changes) + 6
+    assert len(list(cache.folder.glob("*.safetensors"))) == 1 + len(changes) + 6
 
 
 def test_an_interruption_costs_the_block_it_falls_in(
@@ -162,12 +162,26 @@ def test_an_interruption_costs_the_block_it_falls_in(
 
     with pytest.raises(KeyboardInterrupt):
         prepare(model, "zs_b2b", cache=cache, on_progress=stop)
-    (file,) = cache.folder.iterdir()
+    (file,) = cache.folder.glob("*.safetensors")
     seen: list[tuple[int, int]] = []
     again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, on_progress=lambda *step: seen.append(step))
     assert list(dict.fromkeys(seen)) == [(2, 4), (3, 4), (4, 4)]
-    assert file in cache.folder.iterdir()
+    assert file in cache.folder.glob("*.safetensors")
     whole, ids = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b"), tokens(2, 11)
+    assert torch.equal(again(ids), whole(ids))
+
+
+def test_a_block_of_another_version_is_said_and_made_again(
+    model: TensorParallelLM, tiny_llama: Path, cache: BlockCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, said, ids = prepare(model, "zs_b2b", cache=cache), [], tokens(2, 11)
+    files = sorted(cache.folder.glob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr("spd.strategies.block_cache.made_by", lambda: {"format": 0})
+        again = prepare(spd.load(tiny_llama, tp_size=2), "zs_b2b", cache=cache, say=said.append)
+    assert len(said) == 2
+    assert "was made by another version" in said[0]
+    assert sorted(cache.folder.glob("*.safetensors")) == files
     assert torch.equal(again(ids), whole(ids))
 
 
@@ -181,4 +195,4 @@ def test_a_full_disk_leaves_no_half_written_block(
     monkeypatch.setattr("spd.strategies.block_cache.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         prepare(model, "zs_b2b", cache=cache)
-    assert list(cache.folder.iterdir()) == []
+    assert not [file for file in cache.folder.iterdir() if file.suffix != ".lock"]

@@ -40,8 +40,9 @@ def ridge_by_numpy(z: Tensor, m: Tensor, ridge: float, rank: int) -> np.ndarray:
     """Predictions of ridge regression with a free intercept, on the first principal directions of its predictions."""
     features, wanted = z.flatten(0, 1).double().numpy(), m.flatten(0, 1).double().numpy()
     centred, mean = features - features.mean(0), wanted.mean(0)
-    penalty = np.sqrt(len(centred) * ridge * centred.var(0).mean())
-    augmented = np.vstack([centred, penalty * np.eye(centred.shape[1])])
+    size = m.shape[-1]  # of each kind of feature, which is penalised by its own variance
+    variances = centred.var(0).reshape(-1, size).mean(1).repeat(size)
+    augmented = np.vstack([centred, np.diag(np.sqrt(len(centred) * ridge * variances))])
     target = np.vstack([wanted - mean, np.zeros((centred.shape[1], wanted.shape[1]))])
     fitted = centred @ np.linalg.lstsq(augmented, target, rcond=None)[0]
     directions = np.linalg.svd(fitted, full_matrices=False)[2][:rank]

@@ -91,7 +91,7 @@ def test_many_heads_are_split_far_above_the_mean_and_the_same_way_for_the_same_s
     assert all(sorted(points[list(group)].argmax(1)) == [0, 1, 2, 3] for group in groups)
     assert groups == scatter(distances, 8, seed=1)
     assert mean_spread(distances, 8) == pytest.approx(
-        np.mean([spread(distances, head_grouping.random_groups(32, 8, seed)) for seed in range(200)]), rel=0.02
+        np.mean([spread(distances, head_grouping.random_groups(distances, 8, seed)) for seed in range(200)]), rel=0.02
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from spd import inputs
-from spd.config import LatencyKind, RunConfig
+from spd.config import LatencyKind, RunConfig, Strategy
 from spd.errors import UserError
 from spd.plan import PLAN_FILE, ModelIdentity, make_plan
 from spd.sensitivity import SensitivityReport
@@ -59,4 +59,24 @@ def test_a_checkpoint_with_a_plan_for_another_tp_size_is_refused_before_any_work
     with pytest.raises(UserError, match=r"plan for tp_size=2.*write parallel\.tp_size=2"):
         inputs.check(config)
     config.parallel.tp_size = 2
+    inputs.check(config)
+
+
+def test_a_checkpoint_of_treated_blocks_is_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
+    size = config.parallel.tp_size
+    report = SensitivityReport("suffix", size, [0.1, 0.2, 0.3], 3.0, 10, ModelIdentity("llama", 3, 32, "cafe"))
+    plan = make_plan(report, drop=1.0, strategy="zs_b2b")
+    plan.outcomes[1] = {"kept": "b2b"}
+    plan.save(own_model / PLAN_FILE)
+    with pytest.raises(UserError, match=r"Block 1 of .* was treated already \(zs_b2b\); give the original"):
+        inputs.check(config)
+
+
+def test_a_text_too_short_to_hold_some_of_it_out_is_refused_before_any_work(config: RunConfig) -> None:
+    config.strategy.name, config.drop, config.data.recovery_samples = Strategy.zs_b2b, 0.5, 8
+    inputs.check(config)
+    config.data.recovery_samples = 10_000
+    with pytest.raises(UserError, match=r"tokens, too few for data\.recovery_samples=10000 of data\.sequence_length"):
+        inputs.check(config)
+    config.strategy.name = Strategy.zs  # needs no such samples
     inputs.check(config)

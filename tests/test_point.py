@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import WORDS
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from spd.config import DType, LatencyKind, Order, RunConfig, Strategy, Tracker
 from spd.launch import RankFailed
 from spd.progress import Display
 from spd.results import Record
+from spd.strategies.correction import Correction
 
 TASK = """task: tiny_words
 dataset_path: json
@@ -258,6 +260,32 @@ def test_latency_pays_for_the_corrections(config: RunConfig, run: Any, counted: 
     assert asked[0] is None
     assert asked[1] is not None
     assert asked[1].name == "spd_correction.safetensors"
+
+
+def test_latency_is_measured_where_no_correction_was_kept(config: RunConfig, run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("spd.strategies.correction.fit", lambda block, x, *_: useless(block, x))
+    config.latency.name, config.latency.prompt_length, config.latency.new_tokens = LatencyKind.cpu, 8, 4
+    config.data.recovery_samples, config.strategy.tau1, config.strategy.name = 16, -1e9, Strategy.zs_correction
+    record = run(config)
+    assert record["status"] == "done", record["error"]
+    assert {outcome["kept"] for outcome in record["plan"]["outcomes"].values()} == {"zs"}
+    assert record["latency"]["ttft_ms"] is not None
+
+
+def useless(block: Any, x: torch.Tensor) -> Correction:
+    return Correction({"constant": torch.full((len(block.shards), x.shape[-1]), 1e3)})
+
+
+def test_blocks_treated_with_longer_samples_are_other_ones(config: RunConfig, run: Any) -> None:
+    config.strategy.name, config.strategy.tau1 = Strategy.zs_correction, -1e9
+    config.data.recovery_samples = 16
+    lengths = []
+    for length in (16, 8):
+        config.data.sequence_length = length
+        record = run(config)
+        assert record["status"] == "done", record["error"]
+        lengths.append(record["plan"]["recovery"]["samples"])
+    assert lengths == [[16, 16], [16, 8]]
 
 
 def test_accuracy_comes_from_the_tasks_of_the_folder(config: RunConfig, run: Any, tmp_path: Path) -> None:

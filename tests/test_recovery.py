@@ -330,7 +330,7 @@ def test_half_precision_models_are_prepared_saved_and_loaded(tmp_path: Path, str
     assert torch.equal(again(ids), model(ids))
     assert again(ids).isfinite().all()
     assert torch.equal(prepare(spd.load(folder, tp_size=2), strategy, cache=cache)(ids), model(ids))
-    for file in itertools.chain(cache.folder.iterdir(), (tmp_path / "out").glob("*.safetensors")):
+    for file in itertools.chain(cache.folder.glob("*.safetensors"), (tmp_path / "out").glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             kinds = {stored.get_tensor(name).dtype for name in stored.keys() if "correction" not in name}  # noqa: SIM118
         assert kinds == {dtype}
@@ -338,14 +338,10 @@ def test_half_precision_models_are_prepared_saved_and_loaded(tmp_path: Path, str
         assert block.correction is None or {t.dtype for t in block.correction.tensors().values()} == {dtype}
 
 
-def test_a_second_plan_is_refused_or_starts_from_the_original(model: TensorParallelLM, tiny_llama: Path) -> None:
+def test_a_second_plan_is_refused(model: TensorParallelLM) -> None:
     prepare(model, "zs_b2b")
-    try:
+    with pytest.raises(spd.UserError, match="was treated already; load the original"):
         prepare(model, "zs")
-    except spd.UserError:
-        return
-    ids = tokens(2, 11)
-    assert torch.equal(model(ids), prepare(spd.load(tiny_llama, tp_size=2), "zs")(ids))
 
 
 def test_a_folder_of_distilled_blocks_is_not_prepared_again(model: TensorParallelLM, tmp_path: Path) -> None:

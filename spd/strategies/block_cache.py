@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-from spd.results import digest
+from spd.results import digest, made_by
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,18 @@ class BlockCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
+    def _path(self, parts: dict[str, Any]) -> Path:
+        return self.folder / f"{digest(parts)}.safetensors"
+
+    def lock(self, parts: dict[str, Any]) -> FileLock:
+        """To be held from `find` to `keep`, so that of several jobs that need a block one makes it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._path(parts).with_suffix(".lock"))
+
     def find(self, parts: dict[str, Any], say: Callable[[str], None] = print) -> Recovered | None:
-        """The block that was kept for these parts; None if there is none, or a damaged one (which is said)."""
-        path = self.folder / f"{digest(parts)}.safetensors"
+        """The block that was kept for these parts; None if there is none, or, which is said, a damaged one or one
+        that another version of this code or its libraries made."""
+        path = self._path(parts)
         try:
             with safe_open(path, framework="pt") as stored:
                 about = json.loads((stored.metadata() or {})["spd"])
@@ -49,6 +60,9 @@ class BlockCache:
                 raise ValueError("its checksum does not match")
             if about["parts"] != json.loads(json.dumps(parts)):
                 raise ValueError("it holds another block")
+            if about["made_by"] != made_by():
+                say(f"{path} was made by another version of spd, torch or transformers; the block is treated again.")
+                return None
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -63,11 +77,11 @@ class BlockCache:
     def keep(self, parts: dict[str, Any], recovered: Recovered) -> None:
         """Writes a block, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{digest(parts)}.safetensors"
+        path = self._path(parts)
         tensors = {f"layer.{name}": tensor for name, tensor in recovered.tensors.items()}
         tensors |= {f"correction.{name}": tensor.contiguous() for name, tensor in recovered.corrections.items()}
-        about = {"parts": parts, "outcome": recovered.outcome, "checksum": _checksum(tensors)}
-        partial = path.with_suffix(f".{id(recovered):x}.part")
+        about = {"parts": parts, "made_by": made_by(), "outcome": recovered.outcome, "checksum": _checksum(tensors)}
+        partial = path.with_suffix(f".{uuid4().hex}.part")
         try:
             save_file(tensors, partial, metadata={"spd": json.dumps(about)})
             partial.replace(path)

@@ -170,22 +170,32 @@ class _Moments:
 
     def add(self, values: dict[str, Tensor], partials: list[Tensor]) -> None:
         """Counts the tokens of the shared features [B, T, D] and of every rank's `P_i` [B, T, D]."""
-        shared = torch.cat([values[name] for name in self.shared], dim=-1).flatten(0, 1)
-        self.count += shared.shape[0]
-        self.sums += shared.sum(0)
-        if self.features:
-            # The products of one batch in float32, several times faster than in float64.
-            self.products += shared.T @ shared
-        for rank, partial in enumerate(partials):
-            p = partial.flatten(0, 1)
-            self.partial_sums[rank] += p.sum(0)
+        # The products of one batch in float32, several times faster than in float64; never in a shorter type, in which
+        # what has to be inverted is not positive any more.
+        with torch.autocast(self.sums.device.type, enabled=False):
+            shared = torch.cat([values[name] for name in self.shared], dim=-1).flatten(0, 1).float()
+            own = torch.stack(partials).flatten(1, 2).float()  # [N, B T, D]
+            if not self.count:  # about where the values lie: what is summed is to be small
+                self.origin, self.partial_origins = shared.mean(0), own.mean(1)
+            shared, own = shared - self.origin, own - self.partial_origins[:, None]
+            self.count += shared.shape[0]
+            self.sums += shared.sum(0)
+            self.partial_sums += own.sum(1)
             if self.features:
-                self.partial_products[rank] += torch.cat([p.T @ shared, p.T @ p], dim=1)
+                self.products += shared.T @ shared
+                for rank, p in enumerate(own):
+                    self.partial_products[rank] += torch.cat([p.T @ shared, p.T @ p], dim=1)
 
     def _mean(self, name: str, rank: int) -> Tensor:
-        if name == "p":
-            return self.partial_sums[rank] / self.count
-        return self.sums.view(len(self.shared), -1)[self.shared.index(name)] / self.count
+        origin = self.partial_origins[rank] if name == "p" else self._part(self.origin, name)
+        return origin + self._offset(name, rank)
+
+    def _offset(self, name: str, rank: int) -> Tensor:
+        """The mean's distance from the origin."""
+        return (self.partial_sums[rank] if name == "p" else self._part(self.sums, name)) / self.count
+
+    def _part(self, values: Tensor, name: str) -> Tensor:
+        return values.view(len(self.shared), -1)[self.shared.index(name)]
 
     def _covariance(self, a: str, b: str, rank: int) -> Tensor:
         """[D, D] of two features: "t", "x", "b" as in `shared`, or "p" for the rank's own."""
@@ -198,7 +208,7 @@ class _Moments:
         else:
             rows = self.products.view(len(self.shared), size, -1)[self.shared.index(a)]
         product = rows[:, columns : columns + size] / self.count
-        return product - torch.outer(self._mean(a, rank), self._mean(b, rank))
+        return product - torch.outer(self._offset(a, rank), self._offset(b, rank))
 
     def solve(self, rank: int, settings: CorrectionConfig) -> dict[str, Tensor]:
         """A rank's `constant` and what else the kind has."""
@@ -212,11 +222,13 @@ class _Moments:
         names = self.features
         covariance = torch.cat([torch.cat([self._covariance(a, b, rank) for b in names], dim=1) for a in names])
         with_missing = torch.cat([self._covariance(a, "t", rank) - self._covariance(a, "p", rank) for a in names])
-        ridge = settings.ridge * covariance.diagonal().mean().clamp_min(1e-30)
-        identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-        weights = torch.linalg.solve(covariance + ridge * identity, with_missing)  # [E, D]
-        # The directions [D, r] in which the predictions vary most.
-        _, vectors = torch.linalg.eigh(weights.T @ covariance @ weights)
+        # By the variance of each kind of feature: P_i varies a hundred times less than norm1(X).
+        variances = covariance.diagonal().view(len(names), -1).mean(1).clamp_min(1e-30)
+        ridge = settings.ridge * variances.repeat_interleave(len(m))  # [E]
+        covariance.diagonal().add_(ridge)
+        weights = torch.linalg.solve(covariance, with_missing)  # [E, D]
+        # The directions [D, r] in which the predictions vary most: of weights.T @ covariance without ridge @ weights.
+        _, vectors = torch.linalg.eigh(weights.T @ with_missing - weights.T @ (ridge[:, None] * weights))
         directions = vectors[:, -min(settings.rank, vectors.shape[1]) :]
         down = (weights @ directions).T.split(len(m), dim=1)  # [r, D] each
         maps = {f"down_{name}": part for name, part in zip(names, down, strict=True)}

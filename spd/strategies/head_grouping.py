@@ -17,7 +17,7 @@ Legend: S samples, B batch, T tokens, D hidden size, H query heads, K key/value 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ EXACT = 20_000
 RESTARTS = 20
 
 Groups = list[tuple[int, ...]]
+Split = Callable[[np.ndarray, int, int], Groups]
+"""(distances [U, U], number of groups, seed) -> groups of units."""
 
 
 def head_distances(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: int = 8) -> np.ndarray:
@@ -41,7 +43,8 @@ def head_distances(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: 
     for batch in x.split(batch_size):
         signatures = torch.cat([p.flatten(2) for p in _attention_probabilities(block, batch, inputs)], dim=1)
         signatures = signatures.transpose(0, 1).flatten(1)  # [H, B T T]
-        gram = gram + (signatures @ signatures.T).double()
+        with torch.autocast(x.device.type, enabled=False):  # a distance is the small difference of large products
+            gram = gram + (signatures.float() @ signatures.float().T).double()
     squares = gram.diagonal()
     squared = squares[:, None] + squares[None, :] - 2 * gram
     squared.fill_diagonal_(0.0)
@@ -84,9 +87,9 @@ def spread(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> float:
     return float(sum(distances[np.ix_(group, group)].sum() / 2 for group in map(list, groups)))
 
 
-def random_groups(units: int, count: int, seed: int) -> Groups:
-    """A random split, the baseline of `scatter`."""
-    return _cut(np.random.default_rng(seed).permutation(units), units // count)
+def random_groups(distances: np.ndarray, count: int, seed: int) -> Groups:
+    """A random split of as many units, the baseline of `scatter`."""
+    return _cut(np.random.default_rng(seed).permutation(len(distances)), len(distances) // count)
 
 
 def _all_splits(units: list[int], size: int) -> Iterator[Groups]:
@@ -155,20 +158,23 @@ def match(values: np.ndarray, neighbours: int = 1) -> list[int]:
     return order
 
 
-def scatter_heads(distances: np.ndarray, kv_heads: int, ranks: int, seed: int = 0) -> Groups:
-    """The query heads of every rank, scattered; `distances` [H, H]. Whole key/value heads move (see above)."""
+def scatter_heads(distances: np.ndarray, kv_heads: int, ranks: int, seed: int = 0, split: Split = scatter) -> Groups:
+    """The query heads of every rank, scattered; `distances` [H, H]. Whole key/value heads move (see above).
+
+    Another `split` of the units that can move is, with `random_groups`, the baseline.
+    """
     per_kv = len(distances) // kv_heads
     queries = [list(range(at, at + per_kv)) for at in range(0, len(distances), per_kv)]
     if ranks <= kv_heads:
         pairs = distances.reshape(kv_heads, per_kv, kv_heads, per_kv) ** 2
         between = np.sqrt(np.einsum("aqbq->ab", pairs))  # signatures one after the other
-        groups = scatter(between, ranks, seed)
+        groups = split(between, ranks, seed)
         return [tuple(head for unit in group for head in queries[unit]) for group in groups]
-    split: Groups = []
+    found: Groups = []
     for heads in queries:
-        inside = scatter(distances[np.ix_(heads, heads)], ranks // kv_heads, seed)
-        split += [tuple(heads[i] for i in group) for group in inside]
-    return split
+        inside = split(distances[np.ix_(heads, heads)], ranks // kv_heads, seed)
+        found += [tuple(heads[i] for i in group) for group in inside]
+    return found
 
 
 def permute_heads(tensors: dict[str, Tensor], groups: Groups, kv_heads: int, cut: Cut) -> dict[str, Tensor]:

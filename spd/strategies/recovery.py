@@ -2,8 +2,10 @@
 
 The calibration samples go through the original model block by block: the original block's output is both the target of
 the treated block and the next block's input. So beside the model as it is, memory holds two blocks in float32 (original
-and treated), their gradients, and the samples' activations before and after one block. What is made of a block depends
-on that block alone and can be kept (`BlockCache`) for every drop fraction and sweep.
+and treated), of the treated one also its gradients, AdamW's two moments and the best weights so far, and the samples'
+activations before and after one block. The normal equations of a `shift` correction take (4 N + 15) D^2 numbers in
+float64. What is made of a block depends on that block alone and can be kept (`BlockCache`) for every drop fraction and
+sweep.
 
 Legend: S samples, T tokens, D hidden size.
 """
@@ -22,10 +24,10 @@ from torch import Tensor
 from spd.block import Block
 from spd.config import CorrectionConfig, DistillationConfig
 from spd.errors import UserError
+from spd.loading import find_device
 from spd.model import TensorParallelLM
 from spd.plan import DropPlan
 from spd.ranks import VirtualRanks
-from spd.results import made_by
 from spd.strategies import b2b, correction, head_grouping
 from spd.strategies.block_cache import BlockCache, Recovered
 from spd.strategies.correction import Correction
@@ -72,33 +74,46 @@ def apply(
         UserError: the plan is for another model, other weights or another tp size; blocks were treated already; too
             little calibration data.
     """
-    plan.check_fits(model, weights=True)
     if model.outcomes:
         raise UserError(
-            f"Block {min(model.outcomes)} of this model was treated already, by another plan; "
+            f"Block {min(model.outcomes)} of this model was treated already; "
             "load the original model and apply this plan to that."
         )
+    distillation, corrections = distillation or DistillationConfig(), corrections or CorrectionConfig()
+    distillation.check()
+    corrections.check()
     treated = {i: steps.split("+") for i, steps in plan.treatment.items() if steps != "zs"}
     if treated:
+        calibration = _checked(calibration, model, plan.strategy)
+    plan.check_fits(model, weights=True)
+    if calibration is not None and treated:
+        where = find_device(device, "virtual") if device else model.device
         work = _Recovery(
             model,
-            _checked(calibration, model, plan.strategy),
-            distillation or DistillationConfig(),
-            corrections or CorrectionConfig(),
+            calibration,
+            distillation,
+            corrections,
             seed,
-            torch.device(device or model.device),
+            where,
             say,
         )
-        outcomes = {}
-        for done, (i, steps) in enumerate(sorted(treated.items())):
-            within = None if on_progress is None else _within(on_progress, done, len(treated))
-            recovered = work.recovered(i, steps, cache, within)
-            fix = Correction(recovered.corrections).to(model.device, model.dtype) if recovered.corrections else None
-            model.recover(i, model.read_block(i, recovered.tensors, fix), recovered.outcome)
-            outcomes[i] = recovered.outcome
-            if within:
-                within(work.distillation.epochs, work.distillation.epochs)  # also of what was cached or not trained
-        plan = dataclasses.replace(plan, recovery=work.settings(set().union(*treated.values())), outcomes=outcomes)
+        try:
+            for done, (i, steps) in enumerate(sorted(treated.items())):
+                within = None if on_progress is None else _within(on_progress, done, len(treated))
+                recovered = work.recovered(i, steps, cache, within)
+                if recovered.outcome["kept"] == "zs":
+                    model.outcomes[i] = recovered.outcome
+                else:
+                    fixes = recovered.corrections
+                    fix = Correction(fixes).to(model.device, model.dtype) if fixes else None
+                    model.recover(i, model.read_block(i, recovered.tensors, fix), recovered.outcome)
+                if within:
+                    within(work.distillation.epochs, work.distillation.epochs)  # also of what was cached or not trained
+        except BaseException:
+            model.forget()
+            raise
+        settings = work.settings(set().union(*treated.values()))
+        plan = dataclasses.replace(plan, recovery=settings, outcomes=dict(model.outcomes))
     model.drop(plan.dropped)
     model.plan = plan
     return model
@@ -119,7 +134,24 @@ def _checked(calibration: Tensor | None, model: TensorParallelLM, strategy: str)
             f"Calibration samples are {list(calibration.shape)}, too little to treat blocks with and to judge the "
             "result by (an eighth is held out); give [S, T] with S >= 8 and T >= 2 (published: 128 of 2048 tokens)."
         )
+    if calibration.is_floating_point() or not 0 <= calibration.min() <= calibration.max() < model.config.vocab_size:
+        raise UserError(f"Calibration samples must be token ids from 0 to {model.config.vocab_size - 1}.")
+    if calibration.shape[1] > (longest := model.config.max_position_embeddings):
+        raise UserError(
+            f"Calibration samples have {calibration.shape[1]} tokens and the model takes {longest}; give shorter ones."
+        )
+    train, heldout = calibration[: -_heldout(calibration)], calibration[-_heldout(calibration) :]
+    if (heldout[:, None] == train[None]).all(-1).any():
+        raise UserError(
+            "Some of the last eighth of the calibration samples, which judges the treated blocks, are also among the "
+            "others, which they are treated with; give fewer samples or a longer text."
+        )
     return calibration
+
+
+def _heldout(calibration: Tensor) -> int:
+    """How many samples, the last ones, judge."""
+    return len(calibration) // 8
 
 
 class _Recovery:
@@ -141,7 +173,7 @@ class _Recovery:
             rate = PUBLISHED_LEARNING_RATES.get(model.config.model_type, 5e-5)
         self.distillation = dataclasses.replace(distillation, learning_rate=rate)
         self.learning_rate, self.batch, self.corrections = rate, distillation.batch_size, corrections
-        self.heldout = len(calibration) // 8
+        self.heldout = _heldout(calibration)
         self._inputs = self._walk()
         self._at = -1
         self._here: tuple[Tensor, Tensor, dict[str, Any], Block] | None = None
@@ -164,26 +196,28 @@ class _Recovery:
     def recovered(self, i: int, steps: list[str], cache: BlockCache | None, on_epoch: Progress | None) -> Recovered:
         """Block `i` treated with the steps, from the cache if it is there."""
         parts = {
-            **made_by(),
             "weights": self.model.fingerprint,
             "block": i,
             "tp_size": self.model.tp_size,
             "dtype": str(self.model.dtype),
             "steps": steps,
+            "products": "bfloat16" if self._short else "float32",
             "settings": self.settings(set(steps)),
         }
-        found = cache.find(parts, self.say) if cache else None
-        if found is None:
-            found = self._treat(i, steps, on_epoch)
-            if cache:
+        if cache is None:
+            return self._treat(i, steps, on_epoch)
+        with cache.lock(parts):
+            found = cache.find(parts, self.say)
+            if found is None:
+                found = self._treat(i, steps, on_epoch)
                 cache.keep(parts, found)
         return found
 
     def _walk(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any], Block]]:
         """For every block in turn: inputs and outputs [S, T, D] of the original one, what goes with them, the block.
 
-        Float32, with matrix products in the model's type where that is a shorter one: a shorter type for the sums
-        would round away what the treated block is to learn.
+        Weights, residuals and losses are float32: a shorter type would round away what the treated block is to learn.
+        On a GPU the matrix products of a model in a shorter type are bfloat16.
         """
         x, inputs = self._embedded()
         for i in range(self.model.num_blocks):
@@ -206,10 +240,13 @@ class _Recovery:
                 out.copy_(block.tp(some, block.attention(some, **inputs)))
         return y
 
+    @property
+    def _short(self) -> bool:
+        return self.model.dtype is not torch.float32 and self.device.type in SHORT_PRODUCTS_ON
+
     def _autocast(self) -> torch.autocast:
-        short = self.model.dtype is not torch.float32 and self.device.type in SHORT_PRODUCTS_ON
         # Without its cache: that would go on using the weights as they were cast before the first step.
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=short, cache_enabled=False)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._short, cache_enabled=False)
 
     def _treat(self, i: int, steps: list[str], on_epoch: Progress | None) -> Recovered:
         while self._at < i:  # blocks before it may have come from the cache
@@ -234,9 +271,10 @@ class _Recovery:
             return self.model.read_block(i, tensors, fix, dtype=torch.float32, device=self.device)
 
         for step in steps:
+            stopped = None
             before, started = losses[kept[-1]] if kept else losses["zs"], time.perf_counter()
             if step == "hg":
-                grouped, outcome["hg"] = self._group(original, x[:train], inputs, tensors)
+                grouped, outcome["hg"] = self._group(i, original, x[:train], inputs, tensors)
                 candidate, new = read(grouped, None), None
             elif step == "correction":
                 new = correction.fit(read(tensors, None), x[:train], inputs, self.corrections, batch)
@@ -247,17 +285,18 @@ class _Recovery:
                 outcome["b2b"] = b2b.distill(
                     candidate, x, y, inputs, settings, rate, self.heldout, self.seed + i, on_epoch
                 )
-                if outcome["b2b"]["stopped"]:
-                    outcome["notes"].append(f"Distillation stopped: {outcome['b2b']['stopped']}.")
+                stopped = outcome["b2b"]["stopped"]
+                if stopped:
+                    outcome["notes"].append(f"Distillation stopped: {stopped}.")
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             outcome["seconds"][step] = round(time.perf_counter() - started, 3)
-            # Judged as it will be kept: rounded to the model's type.
+            # Judged as it will be kept: with weights rounded to the model's type.
             rounded = {name: t.to(self.model.dtype) for name, t in self.model.layer_tensors(candidate).items()}
             if new is not None:
                 new = new.to(self.model.dtype)
             losses[step] = b2b.block_loss(read(rounded, new and copy.deepcopy(new).float()), *judged)
-            if step == "hg" or (math.isfinite(losses[step]) and losses[step] < before):
+            if step == "hg" or (not stopped and math.isfinite(losses[step]) and losses[step] < before):
                 kept.append(step)
                 tensors, fix = rounded, new
             else:
@@ -277,7 +316,7 @@ class _Recovery:
         return Recovered(host, fixes, outcome)
 
     def _group(
-        self, block: Block, x: Tensor, inputs: dict[str, Any], tensors: dict[str, Tensor]
+        self, i: int, block: Block, x: Tensor, inputs: dict[str, Any], tensors: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The layer's tensors with its heads grouped anew, and what that came to."""
         family, config, n = self.model.family, self.model.config, self.model.tp_size
@@ -287,13 +326,18 @@ class _Recovery:
         groups = head_grouping.scatter_heads(distances, kv_heads, n, self.seed)
         scattered = head_grouping.permute_heads(tensors, groups, kv_heads, cut)
         # The groups stand in order on the ranks now, each beside the partition of its number.
-        candidate = self.model.read_block(0, scattered, dtype=torch.float32, device=self.device)
+        candidate = self.model.read_block(i, scattered, dtype=torch.float32, device=self.device)
         values = head_grouping.mlp_norms(candidate, x, inputs, batch)
         order = head_grouping.match(values, neighbours=max(1, n // kv_heads))
         groups = [groups[g] for g in order]
         size = len(groups[0])
         contiguous = [tuple(range(at, at + size)) for at in range(0, n * size, size)]
-        random = [head_grouping.spread(distances, head_grouping.random_groups(n * size, n, s)) for s in range(100)]
+        random = [
+            head_grouping.spread(
+                distances, head_grouping.scatter_heads(distances, kv_heads, n, s, head_grouping.random_groups)
+            )
+            for s in range(100)
+        ]
         return head_grouping.permute_heads(tensors, groups, kv_heads, cut), {
             "groups": groups,
             "spread": head_grouping.spread(distances, groups),
