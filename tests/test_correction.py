@@ -69,6 +69,18 @@ def test_linear_kinds_are_ridge_regressions_of_low_rank(
         assert np.abs(predicted(fix, i, z).numpy() - expected).max() < 1e-3 * np.abs(expected).max()
 
 
+def test_with_products_in_bfloat16_the_normal_equations_are_float32_still(tiny_llama: Path) -> None:
+    model = spd.load(tiny_llama, tp_size=2)
+    x, inputs = block_inputs(model, 1, tokens(20, 12))
+    x = x + 30.0  # far from zero, as some units of large models are
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        fix = fit(model.blocks[1], x, inputs, CorrectionConfig(CorrectionKind.shift, rank=32, ridge=1e-3), batch_size=7)
+        z, missing = features(model.blocks[1], x, inputs, 0)
+    z = {name: values.float() for name, values in z.items()}
+    expected = ridge_by_numpy(torch.cat([z[name] for name in "xpb"], dim=-1), missing.float(), 1e-3, 32)
+    assert np.abs(predicted(fix, 0, z).numpy() - expected).max() < 5e-3 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("kind", [CorrectionKind.linear_x, CorrectionKind.shift])
 def test_without_a_ridge_full_rank_is_plain_least_squares(tiny_llama: Path, kind: CorrectionKind) -> None:
     model = spd.load(tiny_llama, tp_size=2)

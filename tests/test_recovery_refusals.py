@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from treated import CALIBRATION, QUICK, RANK, plan_in, plan_of, prepare, tokens
+from treated import CALIBRATION, QUICK, plan_in, plan_of, prepare, tokens
 
 import spd
 from spd.config import CorrectionConfig, DistillationConfig
@@ -92,20 +92,3 @@ def test_a_training_whose_loss_becomes_no_number_leaves_the_block_zero_shot(
     model.save_pretrained(tmp_path / "out")
     strict = json.loads((tmp_path / "out/spd_plan.json").read_text(), parse_constant=pytest.fail)
     assert strict["outcomes"]["1"]["b2b"]["loss"][-1] is None
-
-
-@pytest.mark.parametrize("strategy", ["zs_correction", "zs_hg"])
-def test_products_in_bfloat16_do_not_reach_the_normal_equations_and_distances(
-    model: TensorParallelLM, strategy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
-) -> None:
-    def outcome(short: tuple[str, ...]) -> dict[str, Any]:
-        monkeypatch.setattr("spd.strategies.recovery.SHORT_PRODUCTS_ON", short)
-        half = spd.load(tiny_llama, tp_size=2, dtype="bfloat16")
-        spd.apply(half, plan_of(half, strategy), CALIBRATION, corrections=RANK, say=lambda _: None)
-        return plan_in(half).outcomes[2]
-
-    short, full = outcome(("cpu",)), outcome(())
-    if strategy == "zs_hg":
-        assert short["hg"]["spread_random"] == pytest.approx(full["hg"]["spread_random"], rel=2e-3)
-    else:
-        assert short["loss"]["correction"] == pytest.approx(full["loss"]["correction"], rel=0.05)

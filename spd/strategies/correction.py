@@ -142,9 +142,9 @@ def fit(
     moments = _Moments(settings.kind, len(block.shards), x.shape[-1], x.device)
     for batch in x.split(batch_size):
         partials = block.attention(batch, **inputs)
-        normed, total = block.norm1(batch), block.ranks.sum(partials)
+        normed = block.norm1(batch)
         before = torch.cat([torch.zeros_like(normed[:, :1]), normed[:, :-1]], dim=1)
-        moments.add({"x": normed, "b": before, "t": total}, partials)
+        moments.add({"x": normed, "b": before}, partials)
     solved = [moments.solve(rank, settings) for rank in range(len(block.shards))]
     return Correction({name: torch.stack([one[name] for one in solved]).float() for name in solved[0]})
 
@@ -173,8 +173,9 @@ class _Moments:
         # The products of one batch in float32, several times faster than in float64; never in a shorter type, in which
         # what has to be inverted is not positive any more.
         with torch.autocast(self.sums.device.type, enabled=False):
-            shared = torch.cat([values[name] for name in self.shared], dim=-1).flatten(0, 1).float()
             own = torch.stack(partials).flatten(1, 2).float()  # [N, B T, D]
+            flat = {name: value.flatten(0, 1).float() for name, value in values.items()} | {"t": own.sum(0)}
+            shared = torch.cat([flat[name] for name in self.shared], dim=-1)
             if not self.count:  # about where the values lie: what is summed is to be small
                 self.origin, self.partial_origins = shared.mean(0), own.mean(1)
             shared, own = shared - self.origin, own - self.partial_origins[:, None]
