@@ -11,6 +11,7 @@ Legend: B batch, T tokens, V vocabulary.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -72,6 +73,8 @@ class SpdLM(HFLM):
                     f"{plan} treats blocks ({given.strategy}), which takes calibration data; apply it with spd.apply, "
                     "save the model with save_pretrained and give that folder as pretrained."
                 )
+            if str(device).startswith("cuda") and not torch.cuda.is_available():
+                device = None  # what lm-eval's command says where nothing was asked for
             size = tp_size or (given.tp_size if given else None)
             model = load(pretrained, size, ranks, None if dtype == "auto" else dtype, device)
             if given:

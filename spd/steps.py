@@ -219,6 +219,7 @@ class Steps:
                 tasks=settings.tasks,
                 include_path=include,
                 batch_size=settings.batch_size,
+                answers=self.results.output_dir / "cache" / "answers",
                 on_progress=self.display,
                 **asked,
             )

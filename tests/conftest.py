@@ -1,5 +1,6 @@
 """Small random checkpoints of every family, as Hugging Face folders with a whole-word tokenizer."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -120,4 +122,36 @@ def own_model(config: RunConfig, tmp_path: Path) -> Path:
     """The tiny model in a folder that a test may change."""
     folder = shutil.copytree(config.model.path, tmp_path / "own_model")
     config.model.path = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a multiple-choice task, a last-word task and a generation task of 24 invented items each."""
+    folder, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(f"word{rng.randrange(60)}" for _ in range(n))
+
+    items = [
+        {"text": words(rng.randint(3, 30)), "choices": [words(rng.randint(1, 5)) for _ in range(4)], "gold": i % 4}
+        for i in range(24)
+    ]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+    }
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    last = {"output_type": "loglikelihood", "doc_to_target": " {{choices[0]}}"}
+    summary = {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["word7"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    for name, fields in {"toy_choice": choice, "toy_last": last, "toy_summary": summary}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | fields))
     return folder

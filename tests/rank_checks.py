@@ -27,7 +27,7 @@ def compare_with_virtual_ranks(arguments: dict[str, Any], on_progress: Any) -> d
             for model in models:
                 model.drop(dropped)
             logits = [model(ids, attention_mask=mask) for model in models]
-            tokens = [model.generate(ids, attention_mask=mask, max_new_tokens=8).tolist() for model in models]
+            tokens = [model.generate(ids, attention_mask=mask, max_new_tokens=4).tolist() for model in models]
             if compares:
                 difference = (logits[0] - logits[1]).abs().max() / logits[1].abs().max()
                 differences[f"{name} {dropped}"] = [difference.item(), tokens[0] == tokens[1]]
@@ -39,3 +39,19 @@ def compare_with_virtual_ranks(arguments: dict[str, Any], on_progress: Any) -> d
             scale = reports[1].dense_perplexity + max(map(abs, reports[1].sensitivities))
             differences[f"{name} sensitivity"] = [max(abs(a - b) for a, b in pairs) / scale, True]
     return differences
+
+
+def evaluate(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
+    """Scores on every rank; with "noise", rank 1 sees other numbers than rank 0, as other hardware might."""
+    from spd.evaluation import evaluate
+
+    model = spd.load(arguments["folder"], tp_size=arguments["tp_size"], ranks="processes", dtype="float32")
+    model.drop(arguments["dropped"])
+    if arguments["noise"] and torch.distributed.get_rank() == 1:
+        head = model.hf.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, logits: logits + torch.randn_like(logits))
+    answers = arguments["answers"] and f"{arguments['answers']}/{torch.distributed.get_rank()}"
+    scores = evaluate(model, arguments["tasks"], arguments["include_path"], batch_size=4, answers=answers)
+    every: list[Any] = [None] * arguments["tp_size"]
+    torch.distributed.all_gather_object(every, scores)
+    return {"scores": every}

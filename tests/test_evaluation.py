@@ -1,51 +1,16 @@
 """Accuracy through lm-eval, against lm-eval's own Hugging Face model."""
 
-import json
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import spd
 from spd.evaluation import evaluate
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a multiple-choice task, a last-word task and a generation task of 24 invented items each."""
-    folder, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
-
-    def words(n: int) -> str:
-        return " ".join(f"word{rng.randrange(60)}" for _ in range(n))
-
-    items = [
-        {"text": words(rng.randint(3, 30)), "choices": [words(rng.randint(1, 5)) for _ in range(4)], "gold": i % 4}
-        for i in range(24)
-    ]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
-        "test_split": "test",
-        "doc_to_text": "{{text}}",
-    }
-    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
-    last = {"output_type": "loglikelihood", "doc_to_target": " {{choices[0]}}"}
-    summary = {
-        "output_type": "generate_until",
-        "doc_to_target": "{{choices[0]}}",
-        "generation_kwargs": {"until": ["word7"], "max_gen_toks": 6},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    for name, fields in {"toy_choice": choice, "toy_last": last, "toy_summary": summary}.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | fields))
-    return folder
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])  # a Qwen2 folder cannot carry the tests' tokenizer

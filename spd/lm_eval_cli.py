@@ -1,0 +1,21 @@
+"""lm-eval's own command with one model more: `lm_eval --model spd`, `torchrun ... -m spd.lm_eval_cli --model spd`."""
+
+import sys
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import model_registry
+
+from spd.errors import UserError
+
+
+def main() -> None:
+    """Runs lm-eval's command line."""
+    model_registry.register("spd", target="spd.harness:SpdLM")  # imported when asked for
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.exit(f"spd: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The lm-eval model `spd`: by lm-eval's command, by real ranks, stopped and gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WORDS
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+import spd
+from spd.evaluation import evaluate
+from spd.harness import SpdLM
+from spd.launch import run_ranks
+from spd.plan import DropPlan
+
+TASKS = ["toy_choice", "toy_last", "toy_summary"]
+
+
+def plan_of(folder: Path, path: Path, dropped: list[int]) -> Path:
+    model = spd.load(folder, tp_size=2)
+    model.drop(dropped)
+    DropPlan.by_hand(model).save(path)
+    return path
+
+
+def run_lm_eval(*command: str, **arguments: Any) -> subprocess.CompletedProcess[str]:
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, "--model", "spd", "--model_args", given],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=180,
+    )
+
+
+def written(folder: Path) -> dict[str, Any]:
+    (file,) = folder.rglob("results_*.json")
+    return json.loads(file.read_text())["results"]
+
+
+def test_lm_evals_command_knows_it(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
+    plan = plan_of(tiny_llama, tmp_path / "plan.json", [0, 2])
+    command = [str(Path(sys.executable).parent / "lm_eval"), "--include_path", str(tasks), "--tasks", "toy_last"]
+    done = run_lm_eval(*command, "--output_path", str(tmp_path / "out"), pretrained=tiny_llama, tp_size=2, plan=plan)
+    assert done.returncode == 0, done.stderr
+    model = spd.load(tiny_llama, tp_size=2)
+    model.drop([0, 2])
+    expected = evaluate(model, ["toy_last"], include_path=tasks)["tasks"]["toy_last"]["metrics"]
+    assert written(tmp_path / "out")["toy_last"]["perplexity,none"] == pytest.approx(expected["perplexity"], rel=1e-4)
+
+
+def test_lm_evals_command_under_torchrun_is_one_evaluation(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "spd.lm_eval_cli", "--include_path", str(tasks), "--tasks", "toy_last"]
+    done = run_lm_eval(*command, "--output_path", str(tmp_path), pretrained=tiny_llama, tp_size=2, ranks="processes")
+    assert done.returncode == 0, done.stderr
+    (expected,) = evaluate(spd.load(tiny_llama, tp_size=2), ["toy_last"], include_path=tasks)["tasks"].values()
+    expected = expected["metrics"]
+    assert written(tmp_path)["toy_last"]["perplexity,none"] == pytest.approx(expected["perplexity"], rel=1e-4)
+
+
+def test_a_wrong_argument_ends_lm_evals_command_with_one_sentence(tiny_llama: Path, tasks: Path) -> None:
+    command = [sys.executable, "-m", "spd.lm_eval_cli", "--include_path", str(tasks), "--tasks", "toy_last"]
+    done = run_lm_eval(*command, pretrained=tiny_llama, tp_size=3)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("spd: ")
+    assert "tp_size=3" in done.stderr.splitlines()[-1]
+
+
+def test_real_ranks_score_in_lock_step_as_virtual_ones(tiny_opt: Path, tasks: Path, tmp_path: Path) -> None:
+    virtual = spd.load(tiny_opt, tp_size=2)
+    virtual.drop([1])
+    expected = evaluate(virtual, TASKS, include_path=tasks, batch_size=4)
+    arguments = {
+        "folder": str(tiny_opt),
+        "tp_size": 2,
+        "dropped": [1],
+        "noise": True,
+        "tasks": TASKS,
+        "include_path": str(tasks),
+        "answers": str(tmp_path / "answers"),
+    }
+    for again in range(2):
+        scores = run_ranks("tests.rank_checks:evaluate", arguments, tp_size=2, timeout_s=150)["scores"]
+        assert scores[0] == scores[1]
+        for task in TASKS:
+            ours, theirs = scores[0]["tasks"][task]["metrics"], expected["tasks"][task]["metrics"]
+            assert ours == pytest.approx(theirs, rel=1e-3), (task, again)
+        # Rank 0 alone keeps answers; what it has, no rank computes again.
+        (folder,) = (tmp_path / "answers").iterdir()
+        assert folder.name == "0"
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 50:
+            raise KeyboardInterrupt
+
+    model = spd.load(tiny_llama, tp_size=2)
+    whole = evaluate(model, TASKS, include_path=tasks)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, TASKS, include_path=tasks, batch_size=4, answers=tmp_path, on_progress=stop)
+    (file,) = tmp_path.iterdir()
+    kept = file.read_text()
+    assert 40 <= len(kept.splitlines()) <= 50
+    file.write_text(kept[:-20])  # cut off within the last line
+    seen: list[tuple[int, int]] = []
+    gone_on = evaluate(
+        model, TASKS, include_path=tasks, batch_size=4, answers=tmp_path, on_progress=lambda *at: seen.append(at)
+    )
+    every = 24 * 4 + 24 + 24
+    assert seen[-1] == (every - len(kept.splitlines()) + 1,) * 2
+    for task in TASKS:
+        assert gone_on["tasks"][task]["metrics"] == pytest.approx(whole["tasks"][task]["metrics"], rel=1e-4)
+    seen.clear()
+    again = evaluate(model, TASKS, include_path=tasks, answers=tmp_path, on_progress=lambda *at: seen.append(at))
+    assert seen == []
+    assert again == gone_on
+
+
+def test_another_plan_tp_size_or_type_is_never_served_these_answers(
+    tiny_llama: Path, tasks: Path, tmp_path: Path
+) -> None:
+    def computed(dropped: list[int], **options: Any) -> int:
+        model, seen = spd.load(tiny_llama, **options), []
+        model.drop(dropped)
+        evaluate(model, ["toy_last"], include_path=tasks, answers=tmp_path, on_progress=lambda *at: seen.append(at))
+        return len(seen)
+
+    assert computed([0], tp_size=2) == 24
+    assert computed([0], tp_size=2) == 0
+    assert computed([1], tp_size=2) == 24
+    assert computed([0], tp_size=4) == 24
+    assert computed([0], tp_size=2, dtype="bfloat16") == 24
+
+
+def test_another_version_of_a_task_is_answered_anew(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
+    own, seen = tmp_path / "tasks", []
+    own.mkdir()
+    text = (tasks / "toy_last.yaml").read_text()
+    for version in (1.0, 1.0, 2.0):
+        (own / "toy_last.yaml").write_text(f"{text}metadata:\n  version: {version}\n")
+        evaluate(
+            spd.load(tiny_llama), ["toy_last"], own, answers=tmp_path / "a", on_progress=lambda *at: seen.append(at)
+        )
+    assert len(seen) == 48
+
+
+def test_whole_texts_are_scored_as_by_lm_evals_own_model_and_one_by_one(tiny_llama: Path, tmp_path: Path) -> None:
+    texts = [" ".join(WORDS[i : i + 40] * 4) for i in range(5)]  # longer than the context
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0, ("text", i, 1)) for i, text in enumerate(texts)]
+    own = HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32").loglikelihood_rolling(requests)
+    seen: list[tuple[int, int]] = []
+    ours = SpdLM(spd.load(tiny_llama, tp_size=2), batch_size=8, on_progress=lambda *at: seen.append(at))
+    assert ours.loglikelihood_rolling(requests) == pytest.approx(own, rel=1e-5)
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_plan_that_treats_blocks_is_refused_in_words(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = DropPlan.load(plan_of(tiny_llama, tmp_path / "plan.json", [0, 2]))
+    plan.treatment[0] = "b2b"
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(spd.UserError, match="save the model with save_pretrained and give that folder"):
+        SpdLM(str(tiny_llama), plan=str(tmp_path / "plan.json"))
+
+
+def test_the_batch_size_can_be_found_by_itself(tiny_llama: Path, tasks: Path) -> None:
+    model = spd.load(tiny_llama, tp_size=2)
+    found = evaluate(model, TASKS, include_path=tasks, batch_size="auto")
+    given = evaluate(model, TASKS, include_path=tasks, batch_size=4)
+    for task in TASKS:
+        assert found["tasks"][task]["metrics"] == pytest.approx(given["tasks"][task]["metrics"], rel=1e-4)
