@@ -1,4 +1,4 @@
-"""Small invented data sets in the official schemas, in a folder laid out like the hub, with the traps of the real ones."""
+"""Small invented data sets in the official schemas, in a folder laid out like the hub, traps included."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def longbench() -> Configs:
         {
             "input": "",
             "context": f"Passage {i}:\n{LONG}",
-            "answers": ["word1 word2 – word3"],
+            "answers": ["word1 word2 « word3"],
             "length": 300,
             "dataset": "multi_news",
             "language": "en",
@@ -151,7 +151,7 @@ def wikitext() -> Configs:
         "wikitext-2-raw-v1": {
             "train": paragraph * 4,
             "validation": paragraph,
-            "test": [{"text": " word5 word6 – word7 \n"}, *paragraph],
+            "test": [{"text": " word5 word6 « word7 \n"}, *paragraph],
         }
     }
 
