@@ -56,10 +56,9 @@ def _check_files(config: RunConfig) -> None:
         need_path(data.heldout_path, "data.heldout_path")
     elif data.data_root is not None:
         need_path(data.data_root, "data.data_root")
-    if config.eval.tasks:  # their names, data and packages are looked at in spd.inputs: that takes seconds
-        for name in ("include_path", "data_root"):
-            if (path := getattr(config.eval, name)) is not None:
-                need_path(path, f"eval.{name}")
+    for name in ("include_path", "data_root"):  # the tasks' names and data take seconds: spd.inputs looks at them
+        if (path := getattr(config.eval, name)) is not None:
+            need_path(path, f"eval.{name}")
 
 
 def _nearest(word: str, known: list[str]) -> str:

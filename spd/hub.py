@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 from spd.errors import UserError
+from spd.results import digest
 
 
 def is_hub_name(name: str) -> bool:
@@ -19,8 +20,11 @@ def is_hub_name(name: str) -> bool:
     return name not in FORMATS and not Path(name).expanduser().is_dir()
 
 
-def locate(name: str, data_root: Path | None, setting: str) -> str:
+def locate(name: str, data_root: Path | None, setting: str) -> dict[str, str]:
     """What `datasets.load_dataset` is to be given for a data set: its folder under data_root, or else its name.
+
+    With the folder comes a cache of its own: `datasets` (5.2) would take what it has cached of any other folder, or of
+    this one before it changed, where their README.md are alike.
 
     Args:
         setting: the name of the setting that gave data_root, for the error.
@@ -29,14 +33,20 @@ def locate(name: str, data_root: Path | None, setting: str) -> str:
         UserError: data_root has no folder for it.
     """
     if data_root is None or not is_hub_name(name):
-        return name
+        return {"path": name}
     folder = data_root / name
-    if not any(folder.glob("*")):
+    # .cache is what the hub's own downloader leaves there
+    every = (file for file in folder.rglob("*") if ".cache" not in file.relative_to(folder).parts)
+    files = sorted(file for file in every if file.is_file())
+    if not files:
         raise UserError(
             f"The data set {name} is not in {setting}={data_root} (there is nothing in {folder}); "
             "fill that folder as README.md says ('The official evaluations')."
         )
-    return str(folder)
+    from datasets import config
+
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"path": str(folder), "cache_dir": str(Path(config.HF_DATASETS_CACHE) / f"data_root-{digest(state)}")}
 
 
 def remedy(name: str, data_root: Path | None, setting: str, error: Exception) -> str:
@@ -67,7 +77,7 @@ def read_text(name: str, config: str | None, split: str, data_root: Path | None,
     import datasets
 
     try:
-        rows = datasets.load_dataset(where, config, split=split)["text"]
+        rows = datasets.load_dataset(**where, name=config, split=split)["text"]
         return "\n\n".join(rows)
     except Exception as error:  # `datasets` raises a dozen unrelated types: offline, missing, gated, ...
         which = f"{name} ({config}, {split})" if config else f"{name} ({split})"

@@ -41,7 +41,10 @@ class _Factory(TaskFactory):
 
     def _located(self, config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(config.get("dataset_path"), str):
-            config = config | {"dataset_path": locate(config["dataset_path"], self.data_root, _SETTING)}
+            where = locate(config["dataset_path"], self.data_root, _SETTING)
+            config = config | {"dataset_path": where.pop("path")}
+            if where:
+                config["dataset_kwargs"] = where | (config.get("dataset_kwargs") or {})
         members = config.get("task")
         if isinstance(members, list):  # of a group, which may define tasks in place
             config = config | {"task": [self._located(one) if isinstance(one, dict) else one for one in members]}
@@ -110,7 +113,7 @@ def task_manager(
         data_root: folder laid out like the hub (spd.hub) in which the tasks' data sets are; None is the hub.
 
     Raises:
-        UserError: a folder does not exist, or a task is in neither; names the nearest ones.
+        UserError: a folder does not exist, a file in it is no YAML, or a task is in neither; names the nearest ones.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for folder, setting in ((include_path, "eval.include_path"), (data_root, _SETTING)):
@@ -118,10 +121,10 @@ def task_manager(
             raise UserError(f"The folder {folder} ({setting}) does not exist.")
     manager = Tasks(str(include_path), False) if include_path is not None else None
     if manager is None or any(task not in manager.all_tasks for task in tasks):
+        _check_yaml(include_path)
         manager = Tasks(str(include_path), True) if include_path is not None else _own_index()
     for task in tasks:
         if task not in manager.all_tasks:
-            _check_yaml(include_path)
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
             raise UserError(f"There is no lm-eval task {task!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
         if task in manager.all_tags:

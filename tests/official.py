@@ -64,14 +64,14 @@ def hellaswag() -> Configs:
             "ctx_a": ctx_a,
             "ctx_b": ctx_b,
             "ctx": f"{ctx_a} {ctx_b}",
-            "endings": ["[substeps] word1 [title] word2", "word3  word4 .", "ünïcödé word5", LONG],
+            "endings": ["[substeps] word1 [title] word2", "word3  word4 .", "ünïcödé word5", "word6 "],
             "source_id": "wikihow~1",
             "split": "train",
             "split_type": "indomain",
             "label": label,
         }
 
-    rows = [row("[header] How to word1 [title] word2", "", "0"), row("word3 word4 .", "then she", "3")]
+    rows = [row("[header] How to word1 [title] word2", "", "0"), row(LONG, "then she", "3")]
     # As in the official one, the labels of the test split are empty.
     return {"default": {"train": rows, "validation": rows, "test": [row("word1", "", "")]}}
 
