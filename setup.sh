@@ -9,5 +9,5 @@ python=${PYTHON:-python3}
 "$python" -m venv .venv
 pip=".venv/bin/python -m pip --disable-pip-version-check"
 $pip install --quiet --constraint constraints.txt torch # first: any other package would pull its own choice of torch
-$pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$pip install --quiet --constraint constraints.txt --editable '.[dev,longbench]'
 echo "$wanted" > .venv/installed

@@ -7,10 +7,8 @@ import dataclasses
 import difflib
 import re
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -19,16 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from spd.config import RunConfig, need_path
 from spd.errors import UserError
 
-_OFFICIAL_TASKS = (
-    "the official benchmarks come in a later version; write eval=reference (nine tasks of the reference models) "
-    "or eval=reference_zero_shot, or name lm-eval tasks of your own with eval.tasks and eval.include_path"
-)
 _INTERCONNECTS = "emulated interconnects come in a later version; write interconnect=native (this machine's own)"
 
 NOT_YET = {
-    ("eval", "zero_shot"): _OFFICIAL_TASKS,
-    ("eval", "mmlu"): _OFFICIAL_TASKS,
-    ("eval", "longbench"): _OFFICIAL_TASKS,
     ("latency", "gpu"): "latency on GPUs comes in a later version; write latency=cpu or latency=none",
     ("interconnect", "lbw"): _INTERCONNECTS,
     ("interconnect", "socket"): _INTERCONNECTS,
@@ -59,36 +50,15 @@ def from_hydra(composed: DictConfig) -> RunConfig:
 
 
 def _check_files(config: RunConfig) -> None:
-    need_path(config.data.path, "data.path")
-    need_path(config.data.heldout_path, "data.heldout_path")
-    if config.eval.tasks:
-        if config.eval.include_path is None:
-            raise UserError(f"eval.tasks={config.eval.tasks} without eval.include_path: {_OFFICIAL_TASKS}.")
-        include = need_path(config.eval.include_path, "eval.include_path")
-        known = task_names(include)
-        for task in config.eval.tasks:
-            if task not in known:
-                raise UserError(f"eval.tasks names {task!r}, which is no task in {include}. {_nearest(task, known)}")
-
-
-def task_names(include_path: Path) -> list[str]:
-    """Names of the lm-eval tasks and groups that the YAML files under a folder define."""
-    names = set()
-    for file in include_path.rglob("*.yaml"):
-        try:
-            said = yaml.load(file.read_text(encoding="utf-8"), _WithoutTags)
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} is no YAML: {error}") from error
-        if isinstance(said, dict):
-            names |= {name for key in ("task", "group") if isinstance(name := said.get(key), str)}
-    return sorted(names)
-
-
-class _WithoutTags(yaml.SafeLoader):
-    """Reads lm-eval's own tags (!function) as nothing: only names are wanted, and no code is run."""
-
-
-_WithoutTags.add_multi_constructor("!", lambda loader, tag, node: None)
+    data = config.data
+    if data.dataset is None:
+        need_path(data.path, "data.path")
+        need_path(data.heldout_path, "data.heldout_path")
+    elif data.data_root is not None:
+        need_path(data.data_root, "data.data_root")
+    for name in ("include_path", "data_root"):  # the tasks' names and data take seconds: spd.inputs looks at them
+        if (path := getattr(config.eval, name)) is not None:
+            need_path(path, f"eval.{name}")
 
 
 def _nearest(word: str, known: list[str]) -> str:

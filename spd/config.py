@@ -217,7 +217,10 @@ class EvalConfig:
     tasks: list[str] = field(default_factory=list)
     """lm-eval task names; [] evaluates no task (perplexity is still measured)."""
     include_path: str | None = None
-    """Folder with the tasks' YAML files and data; relative as model.path."""
+    """Folder of task YAML files (and their data) beside lm-eval's own; relative as model.path. null: its own only."""
+    data_root: str | None = None
+    """Folder laid out like the hub, <data_root>/<owner>/<data set>/, from which the tasks' data sets are read, for
+    machines without a network; relative as model.path. null takes them from the hub or its cache (default)."""
     num_fewshot: int | None = None
     """Examples shown before each item; null leaves it to each task's own YAML (default)."""
     limit: int | None = None
@@ -247,13 +250,24 @@ class DataConfig:
     """Calibration text for the sensitivities, .txt or .jsonl; relative as model.path."""
     heldout_path: str = ""
     """Text for the reported perplexity; should share nothing with `path`."""
+    dataset: str | None = None
+    """Hub name of a data set with a "text" column, read in place of the two files; null reads the files (default)."""
+    dataset_config: str | None = None
+    """Which of the data set's configs; null where it has but one."""
+    split: str = "train"
+    """Split of the data set in place of `path`, as one running text, its rows joined by empty lines."""
+    heldout_split: str = "test"
+    """Split of the data set in place of `heldout_path`."""
+    data_root: str | None = None
+    """Where the data set is; as eval.data_root, which data=wikitext2 takes it from."""
     samples: int = 32
     """Sequences drawn from each text, for sensitivities and perplexity."""
     recovery_samples: int = 128
     """Sequences drawn from the calibration text for distillation, head grouping and correction, of which the last
     eighth is held out to judge them. 128 as published."""
     sequence_length: int = 256
-    """Tokens per sequence. The paper's 128 samples of 2048 tokens are for models of billions of parameters."""
+    """Tokens per sequence. The paper's 128 samples of 2048 tokens (data=wikitext2) are for models of billions of
+    parameters."""
 
     def check(self) -> None:
         _need(self.samples >= 1, f"data.samples={self.samples} is no number of sequences; give 1 or more.")
@@ -264,6 +278,11 @@ class DataConfig:
         _need(
             self.sequence_length >= 2,
             f"data.sequence_length={self.sequence_length} leaves nothing to predict; give 2 tokens or more.",
+        )
+        _need(
+            self.dataset is None or self.split != self.heldout_split,
+            f"data.heldout_split={self.heldout_split} is data.split too, and should share nothing with it; "
+            "give two splits, as train and test.",
         )
 
 

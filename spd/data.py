@@ -1,7 +1,8 @@
-"""Calibration and held-out samples from text files."""
+"""Calibration and held-out samples from texts."""
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,10 +30,14 @@ def load_samples(
     Raises:
         UserError: the file is missing, not readable as that format, empty, or shorter than one sequence.
     """
-    tokens = _tokens(Path(path), tokenizer)
+    return draw_samples(tokenize(read_documents(path), tokenizer), str(path), samples, sequence_length, seed)
+
+
+def draw_samples(tokens: Tensor, name: str, samples: int, sequence_length: int, seed: int = 0) -> Tensor:
+    """As `load_samples`, from what `tokenize` gave; `name` says in errors whose text it is."""
     if len(tokens) < sequence_length:
         raise UserError(
-            f"{path} has {len(tokens)} tokens, fewer than one sequence of {sequence_length}; "
+            f"{name} has {len(tokens)} tokens, fewer than one sequence of {sequence_length}; "
             "give a longer text or a shorter data.sequence_length."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -43,25 +48,33 @@ def load_samples(
         starts = begin + sequence_length * torch.randperm(places, generator=generator)[:samples]
     else:
         starts = torch.randint(len(tokens) - sequence_length + 1, (samples,), generator=generator)
-    return torch.tensor(tokens)[starts[:, None] + torch.arange(sequence_length)]
+    return tokens[starts[:, None] + torch.arange(sequence_length)]
 
 
-def count_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens `load_samples` has to draw from."""
-    return len(_tokens(Path(path), tokenizer))
-
-
-def _tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    documents = _read_documents(path)
-    if not documents:
-        raise UserError(f"{path} holds no text; give a file with one document a line.")
+def tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids [tokens] of the documents, each with its BOS and EOS, joined."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # A whole file is longer than any context, and the tokenizer would warn of that.
-    encoded = tokenizer(documents, verbose=False)["input_ids"]
-    return list(itertools.chain.from_iterable(ids if ids[-1:] == end else ids + end for ids in encoded))
+    encoded = tokenizer(list(documents), verbose=False)["input_ids"]
+    return torch.tensor(
+        list(itertools.chain.from_iterable(ids if ids[-1:] == end else ids + end for ids in encoded)), dtype=torch.long
+    )
 
 
-def _read_documents(path: Path) -> list[str]:
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a text file, at least one.
+
+    Raises:
+        UserError: the file is missing, not readable as its format, or empty.
+    """
+    path = Path(path)
+    documents = _parse(path)
+    if not documents:
+        raise UserError(f"{path} holds no text; give a file with one document a line.")
+    return documents
+
+
+def _parse(path: Path) -> list[str]:
     try:
         # Not splitlines(), which also splits at characters that may stand inside a document.
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

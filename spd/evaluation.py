@@ -1,7 +1,5 @@
 """Accuracy through lm-eval: its tasks, its scoring, its standard errors; the model is ours."""
 
-import difflib
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -9,55 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 from spd.answers import Answers, identity
 from spd.errors import UserError
 from spd.harness import SpdLM
 from spd.model import TensorParallelLM
 from spd.results import digest
+from spd.tasks import task_manager
 
-MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score")
+MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score", "score")
 """The metric that stands for a task, the first of these it reports; a task's other metrics are kept beside it."""
-
-
-class _Tasks(TaskManager):
-    """lm-eval's task index, which also knows the versions of what it loaded."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.versions: dict[str, Any] = {}
-
-    def load(self, *args: Any, **options: Any) -> Any:
-        loaded = super().load(*args, **options)
-        self.versions |= {name: task.VERSION for name, task in loaded["tasks"].items()}
-        return loaded
-
-
-def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> _Tasks:
-    """lm-eval's task index, made sure to know the tasks: those of a folder alone if they suffice, else its own too.
-
-    Raises:
-        UserError: the folder does not exist, or a task is in neither; names the nearest ones.
-    """
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise UserError(f"The task folder {include_path} (eval.include_path) does not exist.")
-        local = _Tasks(include_path=str(include_path), include_defaults=False)
-        if all(task in local.all_tasks for task in tasks):
-            return local
-    manager = _Tasks(include_path=str(include_path) if include_path else None)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
-            raise UserError(f"There is no lm-eval task {task!r}{'; nearest: ' + ', '.join(near) if near else ''}.")
-    return manager
 
 
 def evaluate(
     model: TensorParallelLM,
     tasks: Sequence[str],
     include_path: str | Path | None = None,
+    data_root: str | Path | None = None,
     limit: int | None = None,
     batch_size: int | str = 32,
     num_fewshot: int | None = None,
@@ -71,6 +37,7 @@ def evaluate(
         model: of virtual ranks, or of real ones, which all call this with the same arguments.
         tasks: names of tasks or groups.
         include_path: folder of task YAMLs beside lm-eval's own.
+        data_root: folder laid out like the hub in which the tasks' data sets are; None takes them from the hub.
         limit: the first so many items of each task; None is all.
         batch_size: sequences at a time, formed by length; "auto" is the largest that fits (virtual ranks).
         num_fewshot: examples before each item; None is what the task says.
@@ -84,13 +51,13 @@ def evaluate(
         equally and takes their errors as independent.
 
     Raises:
-        UserError: an unknown task, one that reports none of the main metrics, batch_size="auto" with real ranks.
+        UserError: an unknown task, one whose data are missing or that reports none of the main metrics,
+            batch_size="auto" with real ranks.
     """
-    manager = task_manager(tasks, include_path)
+    manager = task_manager(tasks, include_path, data_root)
     # lm-eval would bootstrap some errors in forked processes, and a fork of one that has computed with threads can wait
     # for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     file = Path(answers) / f"{digest(identity(model))}.jsonl" if answers else None
     results = simple_evaluate(
         model=SpdLM(
@@ -129,11 +96,16 @@ def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
             f"The task {task!r} reports none of {', '.join(MAIN_METRICS)}, but {', '.join(sorted(metrics))}."
         )
     name, *filters = main.split(",")
-    members = results.get("group_subtasks", {}).get(task) or [task]
     return {
         "metric": main,
         "value": metrics[main],
         "stderr": metrics.get(",".join([f"{name}_stderr", *filters])),
-        "items": sum(results["n-samples"][member]["effective"] for member in members),
+        "items": sum(results["n-samples"][member]["effective"] for member in _members(task, results)),
         "metrics": metrics,
     }
+
+
+def _members(task: str, results: dict[str, Any]) -> list[str]:
+    """The tasks of a group, through the groups in it; a task itself."""
+    inside = results.get("group_subtasks", {}).get(task)
+    return [member for one in inside for member in _members(one, results)] if inside else [task]

@@ -1,17 +1,18 @@
 """What a point reads, checked before any work: checkpoint, texts, and how they fit its settings."""
 
+import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from spd import checkpoint
 from spd.checkpoint import Checkpoint, read_config, read_tokenizer
 from spd.config import Device, LatencyKind, RunConfig, Strategy, find_path, need_path
-from spd.data import count_tokens, load_samples
+from spd.data import draw_samples, read_documents, tokenize
 from spd.errors import UserError
 from spd.families import family_of
+from spd.hub import read_text
 from spd.launch import check_port
 from spd.plan import PLAN_FILE, DropPlan
 from spd.results import digest, file_digest
@@ -27,7 +28,7 @@ def check(config: RunConfig, here: bool = True) -> None:
     Raises:
         UserError: the checkpoint is incomplete or cut short, its family unknown, tp_size does not cut it evenly or is
             not that of the plan in it, a text is empty or shorter than a sequence, a sequence too long for the model,
-            the port taken, or the device not there.
+            the port taken, the device not there, or a task unknown or without its data or packages.
     """
     folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
     hf = read_config(folder)
@@ -58,46 +59,99 @@ def check(config: RunConfig, here: bool = True) -> None:
         check_port(config.parallel.port)
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
-    tokenizer = read_tokenizer(folder)
     for setting in ("path", "heldout_path"):
-        samples_of(config, setting, tokenizer)
+        samples_of(config, setting, folder)
     if config.strategy.name is not Strategy.zs and config.drop > 0:
-        _check_recovery_text(config, tokenizer)
+        _check_recovery_text(config, folder)
+    _tasks_digest(config)
 
 
-def _check_recovery_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_recovery_text(config: RunConfig, folder: Path) -> None:
     """Raises UserError where the windows of the calibration text would overlap: the held-out ones could not judge."""
     data = config.data
     needed = data.recovery_samples * data.sequence_length
-    tokens = count_tokens(need_path(data.path, "data.path"), tokenizer)
+    tokens = len(_tokens(_documents(config, "path"), folder, _tokenizer_digest(folder)))
     if tokens < needed:
         raise UserError(
-            f"{data.path} has {tokens} tokens, too few for data.recovery_samples={data.recovery_samples} of "
-            f"data.sequence_length={data.sequence_length} that do not overlap; give a longer text or at most "
-            f"data.recovery_samples={tokens // data.sequence_length}."
+            f"{_text_name(config, 'path')} has {tokens} tokens, too few for data.recovery_samples="
+            f"{data.recovery_samples} of data.sequence_length={data.sequence_length} that do not overlap; give a "
+            f"longer text or at most data.recovery_samples={tokens // data.sequence_length}."
         )
 
 
 def file_digests(config: RunConfig, folder: Path) -> dict[str, str | None]:
     """Hashes of the files a point reads, in the place of their paths: moved files are the same files."""
-    texts = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja"))
-    tasks = config.eval.include_path if config.eval.tasks else None
     return {
-        "tokenizer": digest([file_digest(file) for file in texts]),
-        "calibration": _text_digest(need_path(config.data.path, "data.path")),
-        "heldout": _text_digest(need_path(config.data.heldout_path, "data.heldout_path")),
-        "tasks": file_digest(need_path(tasks, "eval.include_path")) if tasks else None,
+        "tokenizer": _tokenizer_digest(folder),
+        "calibration": _text_digest(config, "path"),
+        "heldout": _text_digest(config, "heldout_path"),
+        "tasks": _tasks_digest(config),
     }
 
 
-def _text_digest(file: Path) -> str:
+def _tokenizer_digest(folder: Path) -> str:
+    texts = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja"))
+    return digest([file_digest(file) for file in texts])
+
+
+def _tasks_digest(config: RunConfig) -> str | None:
+    """Of the tasks' rows, and of the folder that defines them (lm-eval's own definitions go with its version)."""
+    settings = config.eval
+    if not settings.tasks:
+        return None
+    from spd.tasks import tasks_digest  # imports lm-eval: slow, and not needed where no task is asked for
+
+    include, root = (
+        optional_path(settings.include_path, "eval.include_path"),
+        optional_path(settings.data_root, "eval.data_root"),
+    )
+    rows = tasks_digest(tuple(settings.tasks), include, root, settings.num_fewshot)
+    return digest([rows, file_digest(include) if include else None])
+
+
+def _text_digest(config: RunConfig, setting: str) -> str:
+    if config.data.dataset is not None:
+        return digest(_documents(config, setting))
+    file = need_path(getattr(config.data, setting), f"data.{setting}")
     return digest([file.suffix, file_digest(file)])  # .jsonl is read in another way than the same bytes as .txt
 
 
-def samples_of(
-    config: RunConfig, setting: str, tokenizer: PreTrainedTokenizerBase, samples: int | None = None
-) -> Tensor:
-    """Token ids [samples, sequence_length] of the text that `data.<setting>` names; by default `data.samples`."""
+def optional_path(path: str | None, setting: str) -> Path | None:
+    """`need_path` of a setting that may be null."""
+    return None if path is None else need_path(path, setting)
+
+
+def _split(config: RunConfig, setting: str) -> str:
+    return config.data.split if setting == "path" else config.data.heldout_split
+
+
+def _text_name(config: RunConfig, setting: str) -> str:
     data = config.data
-    path = need_path(getattr(data, setting), f"data.{setting}")
-    return load_samples(path, tokenizer, samples or data.samples, data.sequence_length, config.seed)
+    return getattr(data, setting) if data.dataset is None else f"{data.dataset} ({_split(config, setting)})"
+
+
+def _documents(config: RunConfig, setting: str) -> tuple[str, ...]:
+    """The documents of the text that `data.<setting>` names, or of the data set's split in its place."""
+    data = config.data
+    if data.dataset is None:
+        return tuple(read_documents(need_path(getattr(data, setting), f"data.{setting}")))
+    root = optional_path(data.data_root, "data.data_root")
+    return (read_text(data.dataset, data.dataset_config, _split(config, setting), root, "data.data_root"),)
+
+
+@functools.lru_cache(maxsize=4)  # millions of tokens take seconds, and every point of a sweep draws from the same
+def _tokens(documents: tuple[str, ...], folder: Path, tokenizer_digest: str) -> Tensor:
+    return tokenize(documents, read_tokenizer(folder))
+
+
+def samples_of(config: RunConfig, setting: str, folder: Path, samples: int | None = None) -> Tensor:
+    """Token ids [samples, sequence_length] of a text, by the tokenizer of a checkpoint.
+
+    Args:
+        setting: "path" or "heldout_path": the text that `data.<setting>` names, or the data set's split in its place.
+        folder: the checkpoint.
+        samples: by default `data.samples`.
+    """
+    tokens = _tokens(_documents(config, setting), folder, _tokenizer_digest(folder))
+    number, length = samples or config.data.samples, config.data.sequence_length
+    return draw_samples(tokens, _text_name(config, setting), number, length, config.seed)

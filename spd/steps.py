@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from spd import checkpoint
-from spd.config import LatencyKind, RunConfig, find_path, need_path, to_dict
-from spd.inputs import file_digests, samples_of
+from spd.config import LatencyKind, RunConfig, find_path, to_dict
+from spd.inputs import file_digests, optional_path, samples_of
 from spd.latency import measure_latency, summarise
 from spd.loading import load
 from spd.model import TensorParallelLM
@@ -32,8 +32,8 @@ _NOT_IN_KEY: dict[str, set[str] | None] = {
     "parallel": {"name", "port"},
     "latency": {"timeout_s"},
     "model": {"path"},
-    "data": {"name", "path", "heldout_path"},
-    "eval": {"name", "include_path"},
+    "data": {"name", "path", "heldout_path", "dataset", "dataset_config", "split", "heldout_split", "data_root"},
+    "eval": {"name", "include_path", "data_root"},
 }
 
 
@@ -130,7 +130,7 @@ class Steps:
         order = self.config.strategy.order.name
 
         def measure() -> dict[str, Any]:
-            samples = samples_of(self.config, "path", self.model.tokenizer)
+            samples = samples_of(self.config, "path", self.folder)
             self.display.step("measuring sensitivities")
             return measure_sensitivity(self.model, samples, order=order, on_progress=self.display).to_dict()
 
@@ -172,7 +172,7 @@ class Steps:
         """Treated blocks are kept, for every other point that needs the same."""
         config, calibration = self.config, None
         if set(plan.treatment.values()) - {"zs"}:
-            calibration = samples_of(config, "path", model.tokenizer, config.data.recovery_samples)
+            calibration = samples_of(config, "path", self.folder, config.data.recovery_samples)
             self.display.step(f"treating blocks ({plan.strategy})")
         return apply(
             model,
@@ -189,7 +189,7 @@ class Steps:
     @property
     def perplexity(self) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            samples = samples_of(self.config, "heldout_path", self.model.tokenizer)
+            samples = samples_of(self.config, "heldout_path", self.folder)
             self.display.step("measuring perplexity")
             value = perplexity(self.prepared, samples)
             assert math.isfinite(value), f"perplexity {value}"  # JSON would keep it as a gap in a finished record
@@ -213,11 +213,11 @@ class Steps:
             self.display.step("evaluating")
             from spd.evaluation import evaluate  # imports lm-eval: slow, and not needed where no task is asked for
 
-            include = need_path(settings.include_path, "eval.include_path") if settings.include_path else None
             return evaluate(
                 model,
                 tasks=settings.tasks,
-                include_path=include,
+                include_path=optional_path(settings.include_path, "eval.include_path"),
+                data_root=optional_path(settings.data_root, "eval.data_root"),
                 batch_size=settings.batch_size,
                 answers=self.results.output_dir / "cache" / "answers",
                 on_progress=self.display,

@@ -111,7 +111,8 @@ def test_quickstart_sweeps_seven_fractions_without_being_told_to() -> None:
         ("data.path=nowhere.txt", ["data.path='nowhere.txt'", "does not exist"]),
         ("eval.limit=0", ["eval.limit=0", "null for all"]),
         ("eval.tasks=[own_task,own_task]", ["own_task twice"]),
-        ("eval.tasks=[own_tusk]", ["own_tusk", "Did you mean own_task?"]),
+        ("eval.data_root=nowhere", ["eval.data_root='nowhere'", "does not exist"]),
+        ("eval.include_path=nowhere", ["eval.include_path='nowhere'", "does not exist"]),
         ("model.path=null", ["model.path", "a text is needed"]),
         ("model.path=''", ["model.path is empty", "hub id"]),
     ],
@@ -128,9 +129,6 @@ def test_a_wrong_setting_is_refused_with_what_to_write(override: str, parts: lis
 @pytest.mark.parametrize(
     ("override", "instead"),
     [
-        ("eval=zero_shot", "eval=reference"),
-        ("eval=mmlu", "eval=reference"),
-        ("eval=longbench", "eval=reference"),
         ("latency=gpu", "latency=cpu"),
         ("latency.name=gpu", "latency=cpu"),
         ("interconnect=lbw", "interconnect=native"),
@@ -144,21 +142,21 @@ def test_what_comes_later_is_refused_by_name(override: str, instead: str, texts:
     assert instead in str(error.value)
 
 
-def test_tasks_are_known_however_their_files_write_the_name(texts: list[str], tmp_path: Path) -> None:
-    (tmp_path / "tasks" / "two.yaml").write_text('task: "quoted"  # why\ndoc_to_text: !function code.no_such\n')
-    (tmp_path / "tasks" / "three.yaml").write_text("group: 'all_of_them'\ntask:\n  - own_task\n  - quoted\n")
-    known = ["own_task", "quoted", "all_of_them"]
-    assert composed([*texts, f"eval.tasks={known}".replace("'", "")]).eval.tasks == known
-    with pytest.raises(UserError, match="no_such"):
-        composed([*texts, "eval.tasks=[no_such]"])
-    (tmp_path / "tasks" / "broken.yaml").write_text("task: [")
-    with pytest.raises(UserError, match=r"broken\.yaml is no YAML"):
-        composed([*texts, "eval.tasks=[own_task]"])
+def test_one_data_root_serves_tasks_and_text(texts: list[str], tmp_path: Path) -> None:
+    config = composed([*texts, "eval=zero_shot", "data=wikitext2", f"eval.data_root={tmp_path}"])
+    assert config.data.data_root == config.eval.data_root == str(tmp_path)
+    assert composed([*texts, "data=wikitext2", f"data.data_root={tmp_path}"]).eval.data_root is None
+    with pytest.raises(UserError, match=r"data\.data_root='nowhere' does not exist"):
+        composed([*texts, "data=wikitext2", "data.data_root=nowhere"])
+    with pytest.raises(UserError, match=r"data\.heldout_split=train is data\.split too"):
+        composed([*texts, "data=wikitext2", "data.heldout_split=train"])
 
 
-def test_official_tasks_are_not_fetched_behind_ones_back(texts: list[str]) -> None:
-    with pytest.raises(UserError, match="later version"):
-        composed([*texts, "eval.tasks=[arc_easy]", "eval.include_path=null"])
+@pytest.mark.parametrize("eval_", ["zero_shot", "mmlu", "longbench"])
+def test_the_published_evaluations_need_no_folder_of_tasks(eval_: str) -> None:
+    config = composed([f"eval={eval_}", "data=wikitext2"])
+    assert config.eval.include_path is None
+    assert (config.data.recovery_samples, config.data.sequence_length) == (128, 2048)
 
 
 def test_a_misspelt_key_in_a_file_is_refused_too(texts: list[str], tmp_path: Path) -> None:

@@ -80,3 +80,23 @@ def test_a_text_too_short_to_hold_some_of_it_out_is_refused_before_any_work(conf
         inputs.check(config)
     config.strategy.name = Strategy.zs  # needs no such samples
     inputs.check(config)
+
+
+def test_tasks_are_known_however_their_files_write_the_name(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.jsonl").write_text('{"text": "word1", "choices": ["word2", "word3"]}\n')
+    (folder / "own.yaml").write_text(
+        f"task: 'own_task'  # why\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/items.jsonl}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: 0\n"
+    )
+    (folder / "group.yaml").write_text('group: "all_of_them"\ntask:\n  - own_task\n')
+    config.eval.include_path, config.eval.tasks = str(folder), ["all_of_them"]
+    inputs.check(config)
+    config.eval.tasks = ["all_of_them", "own_task"]
+    with pytest.raises(UserError, match=r"cannot be evaluated together: Duplicate task 'own_task'"):
+        inputs.check(config)
+    config.eval.tasks = ["another"]
+    (folder / "broken.yaml").write_text("task: [")
+    with pytest.raises(UserError, match=r"broken\.yaml is no YAML"):
+        inputs.check(config)

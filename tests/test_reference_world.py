@@ -18,7 +18,7 @@ from experiments.reference.tokenizer import encode
 from experiments.reference.train import MODELS, shard
 from experiments.reference.world import KINDS, documents, vocabulary
 from experiments.reference.write import HERE, files
-from spd.evaluation import task_manager
+from spd.tasks import task_manager
 
 ROWS = all_rows()
 
