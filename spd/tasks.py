@@ -162,6 +162,8 @@ def tasks_digest(
     manager = task_manager(tasks, include_path, data_root)
     try:
         loaded = manager.load(list(tasks))["tasks"]
+    except UserError:  # which is a ValueError too
+        raise
     except ValueError as error:  # a task beside a group that it is in
         raise UserError(f"eval.tasks={list(tasks)} cannot be evaluated together: {error}.") from error
     total = hashlib.sha256()

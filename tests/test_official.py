@@ -153,6 +153,7 @@ def test_missing_data_are_told_before_a_model_is_loaded(
     with pytest.raises(UserError, match=said) as refused:
         inputs.check(config)
     assert "\n" not in str(refused.value)
+    assert "together" not in str(refused.value)
     with Display("point", Console(quiet=True)) as display:
         record = point.run_point(config, display)
     assert (record["status"], record["error"]) == ("failed", str(refused.value))
