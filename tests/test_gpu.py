@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from treated import plan_in, prepare
 
 import spd
 
@@ -51,3 +52,15 @@ def test_sensitivities_on_a_gpu_equal_those_on_the_cpu(tiny_llama: Path) -> None
     scale = reports[1].dense_perplexity + max(map(abs, reports[1].sensitivities))
     for on_gpu, on_cpu in zip(reports[0].sensitivities, reports[1].sensitivities, strict=True):
         assert abs(on_gpu - on_cpu) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("strategy", ["zs_b2b_hg", "zs_correction_b2b"])
+def test_blocks_are_treated_on_a_gpu_whether_the_model_is_there_or_on_the_cpu(tiny_llama: Path, strategy: str) -> None:
+    for on, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        model = spd.load(tiny_llama, tp_size=2, device=on, dtype=dtype)
+        prepare(model, strategy, device="cuda")
+        outcomes = plan_in(model).outcomes
+        assert set(outcomes) == {1, 2}
+        for outcome in outcomes.values():
+            assert outcome["kept"] == "zs" or outcome["loss"][outcome["kept"].split("+")[-1]] < outcome["loss"]["zs"]
+        assert model(torch.arange(4, 20, device=on)[None]).isfinite().all()
