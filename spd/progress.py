@@ -3,10 +3,19 @@
 import logging
 import os
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 15.0
 """Where output is a file or a pipe, a step that lasts says how far it is this often."""
@@ -24,13 +33,15 @@ class Display:
         self.title = title
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._step = ""
-        self._last = 0.0
+        self._began = self._last = 0.0
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -50,7 +61,8 @@ class Display:
 
     def step(self, text: str) -> None:
         """A new step begins; how long it is, is not known yet."""
-        self._step, self._last = text, time.monotonic()
+        self._step, self._began = text, time.monotonic()
+        self._last = self._began
         # Not reset(): that keeps the length of the step before.
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(f"{self.title}: {text}", total=None)
@@ -60,9 +72,11 @@ class Display:
     def __call__(self, done: int, total: int) -> None:
         """The step is at `done` of `total`: the `on_progress` of everything that takes long."""
         self._bar.update(self._task, completed=done, total=total)
-        if not self.console.is_terminal and time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            self.say(f"{self._step} {done}/{total}")
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            left = timedelta(seconds=round((now - self._began) / done * (total - done))) if done else "unknown"
+            self.say(f"{self._step} {done}/{total}, time left {left}")
 
 
 def quiet() -> None:

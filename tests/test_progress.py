@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from spd.progress import Display
@@ -26,3 +27,18 @@ def test_progress_on_a_terminal_says_what_and_how_far() -> None:
     assert "point 3/7, drop 0.5: evaluating" in shown
     assert "640/2800" in shown
     assert "something that stays" in shown
+
+
+def test_lines_say_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, output = [100.0], io.StringIO()
+    monkeypatch.setattr("spd.progress.time.monotonic", lambda: now[0])
+    with Display("point 1/2", Console(file=output)) as display:
+        display.step("evaluating")
+        now[0] += 60
+        display(200, 1000)
+        now[0] += 60
+        display(400, 1000)
+    assert output.getvalue().splitlines()[1:] == [
+        "point 1/2: evaluating 200/1000, time left 0:04:00",
+        "point 1/2: evaluating 400/1000, time left 0:03:00",
+    ]

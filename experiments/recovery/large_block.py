@@ -74,7 +74,9 @@ def measure(small: bool, device: str, epochs: int, batch_size: int, strategy: st
         spd.apply(model, plan, ids, distillation=settings, on_progress=epoch_done)
         assert model.plan is not None
         outcome = model.plan.outcomes[0]
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    on_gpu = device == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+    reserved = torch.cuda.max_memory_reserved() / 1e9 if on_gpu else None
     return {
         "shape": shape,
         "tp_size": 8,
@@ -82,6 +84,7 @@ def measure(small: bool, device: str, epochs: int, batch_size: int, strategy: st
         "samples": [samples, tokens],
         "batch_size": batch_size,
         "peak_memory_gb": peak,
+        "peak_reserved_gb": reserved,
         # The first also reads and embeds, runs the original block and judges it.
         "epoch_s": [round(after - before, 2) for before, after in itertools.pairwise(moments)],
         "outcome": outcome,
