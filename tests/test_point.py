@@ -265,6 +265,7 @@ def test_latency_pays_for_the_corrections(config: RunConfig, run: Any, counted: 
 def test_latency_is_measured_where_no_correction_was_kept(config: RunConfig, run: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("spd.strategies.correction.fit", lambda block, x, *_: useless(block, x))
     config.latency.name, config.latency.prompt_length, config.latency.new_tokens = LatencyKind.cpu, 8, 4
+    config.latency.launches, config.latency.repeats, config.latency.drops = 1, 1, [0.0]
     config.data.recovery_samples, config.strategy.tau1, config.strategy.name = 16, -1e9, Strategy.zs_correction
     record = run(config)
     assert record["status"] == "done", record["error"]
