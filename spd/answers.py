@@ -1,6 +1,5 @@
 """A model's answers to lm-eval requests, kept as they come: an evaluation that was stopped goes on where it was."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,16 +37,16 @@ class Answers:
 
     def find(self, request: Instance) -> Any | None:
         """The answer, as lm-eval expects it; None if it is not known."""
-        of_task = [request.task_name, self.versions().get(str(request.task_name))]
-        key = digest({"task": of_task, "request": _text(request.request_type, request.args)})
+        asked = _digest(request.request_type, request.args)
+        key = digest([request.task_name, self.versions().get(str(request.task_name)), asked])
         answer = self._known.get(key)
         if answer is None:
-            self._asked.setdefault(_text(request.request_type, request.args), set()).add(key)
+            self._asked.setdefault(asked, set()).add(key)
         return tuple(answer) if isinstance(answer, list) else answer
 
     def add(self, kind: str, args: Any, answer: Any) -> None:
-        """Keeps the answer to what was asked for and not known."""
-        fresh = dict.fromkeys(self._asked.pop(_text(kind, args), ()), answer)
+        """Keeps the answer to what was asked for and not known, under every task that asked for it."""
+        fresh = dict.fromkeys(self._asked.pop(_digest(kind, args), ()), answer)
         self._known |= fresh
         if self.file is None or not fresh:
             return
@@ -58,8 +57,8 @@ class Answers:
         self._whole = True
 
 
-def _text(kind: str, args: Any) -> str:
-    return hashlib.sha256(json.dumps([kind, list(args)], default=str).encode()).hexdigest()
+def _digest(kind: str, args: Any) -> str:
+    return digest([kind, json.dumps(list(args), default=str)])  # arguments may hold what JSON does not know
 
 
 def identity(model: TensorParallelLM) -> dict[str, Any]:
