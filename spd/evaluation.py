@@ -46,9 +46,10 @@ def evaluate(
         on_progress: called with (requests answered, requests known of).
 
     Returns:
-        `{"mean": {"value", "stderr"}, "tasks": {name: {"metric", "value", "stderr", "items", "metrics"}}}`: `value` is
-        the first of `MAIN_METRICS` the task has, `stderr` lm-eval's (None where it has none). The mean weighs tasks
-        equally and takes their errors as independent.
+        `{"mean": {"value", "stderr"}, "tasks": {name: {"metric", "value", "stderr", "items", "scores", "metrics"}}}`:
+        `value` is the first of `MAIN_METRICS` the task has, `stderr` lm-eval's (None where it has none), `scores` that
+        metric of each item in order, as text with a space between: two models that answered the same items are compared
+        item by item. The mean weighs tasks equally and takes their errors as independent.
 
     Raises:
         UserError: an unknown task, one whose data are missing or that reports none of the main metrics,
@@ -72,7 +73,6 @@ def evaluate(
         num_fewshot=num_fewshot,
         fewshot_random_seed=seed,
         bootstrap_iters=1000,
-        log_samples=False,
     )
     # lm-eval gives results to local rank 0 alone.
     scores = model.ranks.of_first({task: _score(task, results) for task in tasks} if results else {})
@@ -101,8 +101,14 @@ def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
         "value": metrics[main],
         "stderr": metrics.get(",".join([f"{name}_stderr", *filters])),
         "items": sum(results["n-samples"][member]["effective"] for member in _members(task, results)),
+        "scores": " ".join(f"{score:g}" for score in _scores(task, name, *(filters or ["none"]), results=results)),
         "metrics": metrics,
     }
+
+
+def _scores(task: str, metric: str, filtered: str, results: dict[str, Any]) -> list[float]:
+    samples = [sample for member in _members(task, results) for sample in results["samples"][member]]
+    return [sample[metric] for sample in samples if sample["filter"] == filtered]
 
 
 def _members(task: str, results: dict[str, Any]) -> list[str]:

@@ -31,6 +31,8 @@ def test_with_nothing_dropped_scores_equal_lm_evals_own_model(
         assert score["metric"] == metric
         assert score["value"] == pytest.approx(next(v for k, v in own["results"][name].items() if k.startswith(metric)))
         assert score["items"] == 24
+        items = [sample[metric] for sample in own["samples"][name]]
+        assert [float(item) for item in score["scores"].split()] == items
     # Perplexity of the last words shows agreement where few items are right.
     assert ours["tasks"]["toy_last"]["metrics"]["perplexity"] == pytest.approx(
         own["results"]["toy_last"]["perplexity,none"], rel=1e-4
