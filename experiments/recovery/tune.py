@@ -22,7 +22,7 @@ from experiments.reference.write import HERE as REFERENCE
 from spd.config import CorrectionConfig, CorrectionKind, DistillationConfig
 from spd.perplexity import perplexity
 
-SAMPLES, SEQUENCE_LENGTH = 900, 256
+SAMPLES, SEQUENCE_LENGTH = 1800, 256
 
 
 def tune(
@@ -37,6 +37,7 @@ def tune(
     kinds: list[CorrectionKind],
     ranks: list[int],
     tau1: float,
+    text: str,
     samples: int,
     limit: int | None,
 ) -> Iterator[dict[str, Any]]:
@@ -49,7 +50,7 @@ def tune(
         return {"perplexity": perplexity(model, heldout), "accuracy": accuracy}
 
     model = spd.load(folder, tp_size=tp_size, device=device, dtype="float32")
-    calibration = spd.load_samples(REFERENCE / "data/calibration.txt", model.tokenizer, samples, SEQUENCE_LENGTH)
+    calibration = spd.load_samples(REFERENCE / f"data/{text}.txt", model.tokenizer, samples, SEQUENCE_LENGTH)
     report = spd.measure_sensitivity(model, calibration[:32])
     common = {"model": name, "tp_size": tp_size}
     yield common | {"strategy": "dense"} | look(model)
@@ -76,7 +77,7 @@ def tune(
             say=lambda _: None,
         )
         seconds = round(time.perf_counter() - begun, 1)
-        row = common | {"strategy": strategy, "tau1": tau1, "samples": samples}
+        row = common | {"strategy": strategy, "tau1": tau1, "text": text, "samples": samples}
         if distilled:
             row |= {"learning_rate": rate, "epochs": passes, "batch_size": batch}
         if corrected:
@@ -96,6 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", type=CorrectionKind, nargs="+", default=[CorrectionConfig.kind])
     parser.add_argument("--ranks", type=int, nargs="+", default=[CorrectionConfig.rank])
     parser.add_argument("--tau1", type=float, default=-1.0)
+    parser.add_argument("--text", default="recovery", help="a file of experiments/reference/data")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--limit", type=int, help="items a task; by default all")
     parser.add_argument("--record", type=Path, help="a CSV file, to which the rows are added")
