@@ -101,7 +101,7 @@ def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
         "value": metrics[main],
         "stderr": metrics.get(",".join([f"{name}_stderr", *filters])),
         "items": sum(results["n-samples"][member]["effective"] for member in _members(task, results)),
-        "scores": " ".join(f"{score:g}" for score in _scores(task, name, *(filters or ["none"]), results=results)),
+        "scores": " ".join(f"{score:g}" for score in _scores(task, name, ",".join(filters) or "none", results)),
         "metrics": metrics,
     }
 
