@@ -6,6 +6,9 @@ import torch
 
 import spd
 
+Asked = list[tuple[str, Any]]
+"""Kind of request and its arguments."""
+
 
 @torch.inference_mode()
 def compare_with_virtual_ranks(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
@@ -55,3 +58,30 @@ def evaluate(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
     every: list[Any] = [None] * arguments["tp_size"]
     torch.distributed.all_gather_object(every, scores)
     return {"scores": every}
+
+
+def answers(model: Any, asked: Asked) -> list[Any]:
+    """The answers of an lm-eval model, in the order of what was asked."""
+    from lm_eval.api.instance import Instance
+
+    found: list[Any] = [None] * len(asked)
+    for kind in dict.fromkeys(kind for kind, _ in asked):
+        places = [i for i, (one, _) in enumerate(asked) if one == kind]
+        requests = [Instance(kind, {}, tuple(asked[i][1]), i, ("task", i, 1)) for i in places]
+        for i, answer in zip(places, getattr(model, kind)(requests, disable_tqdm=True), strict=True):
+            found[i] = list(answer) if isinstance(answer, tuple) else answer
+    return found
+
+
+def answer(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
+    """Answers of every rank to what is asked, by model and batch size."""
+    from spd.harness import SpdLM
+
+    found: dict[str, Any] = {}
+    for name, folder in arguments["folders"].items():
+        model = spd.load(folder, tp_size=2, ranks="processes", dtype="float32")
+        for batch_size in (1, 8):
+            every: list[Any] = [None] * 2
+            torch.distributed.all_gather_object(every, answers(SpdLM(model, batch_size=batch_size), arguments["asked"]))
+            found.setdefault(name, {})[batch_size] = every
+    return found
