@@ -36,13 +36,13 @@ class Answers:
                     continue
 
     def find(self, request: Instance) -> Any | None:
-        """The answer, as lm-eval expects it; None if it is not known."""
+        """The answer, in JSON's types; None if it is not known."""
         asked = _digest(request.request_type, request.args)
         key = digest([request.task_name, self.versions().get(str(request.task_name)), asked])
         answer = self._known.get(key)
         if answer is None:
             self._asked.setdefault(asked, set()).add(key)
-        return tuple(answer) if isinstance(answer, list) else answer
+        return answer
 
     def add(self, kind: str, args: Any, answer: Any) -> None:
         """Keeps the answer to what was asked for and not known, under every task that asked for it."""

@@ -225,11 +225,16 @@ class EvalConfig:
     """Examples shown before each item; null leaves it to each task's own YAML (default)."""
     limit: int | None = None
     """Items per task, the first ones; null takes all (default)."""
-    batch_size: int = 32
-    """Items per forward. 32 keeps a CPU busy; scores do not depend on it beyond rounding."""
+    batch_size: int | str = 32
+    """Items per forward; auto takes the most that fit in memory. 32 keeps a CPU busy; scores do not depend on it beyond
+    rounding."""
 
     def check(self) -> None:
-        _need(self.batch_size >= 1, f"eval.batch_size={self.batch_size} is no batch; give 1 or more.")
+        size = self.batch_size
+        _need(
+            size == "auto" or (isinstance(size, int) and size >= 1),
+            f"eval.batch_size={size} is no batch; give 1 or more, or auto.",
+        )
         _need(
             self.limit is None or self.limit >= 1,
             f"eval.limit={self.limit} leaves no items; give 1 or more, or null for all.",

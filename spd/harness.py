@@ -129,11 +129,18 @@ class SpdLM(HFLM):
         rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
         self._total += len(rest)
         fresh = iter(compute(rest) if rest else [])
-        return [next(fresh) if answer is None else answer for answer in known]
+        every = (next(fresh) if answer is None else answer for answer in known)
+        return [tuple(answer) if isinstance(answer, list) else answer for answer in every]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(
+                f"A continuation to be scored has {longest} tokens and the model takes {self.max_length}; lm-eval cuts "
+                "what comes before it, never the continuation itself."
+            )
         return super()._loglikelihood_tokens(requests, disable_tqdm or self.on_progress is not None, override_bs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

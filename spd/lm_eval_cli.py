@@ -10,7 +10,8 @@ from spd.errors import UserError
 
 def main() -> None:
     """Runs lm-eval's command line."""
-    model_registry.register("spd", target="spd.harness:SpdLM")  # imported when asked for
+    if "spd" not in model_registry:  # spd.harness, where it was imported, has registered it
+        model_registry.register("spd", target="spd.harness:SpdLM")  # imported when asked for
     try:
         cli_evaluate()
     except UserError as error:

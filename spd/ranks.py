@@ -6,6 +6,7 @@ same sum to rounding, so accuracy needs one device only and latency is measured 
 
 import functools
 import itertools
+import json
 import operator
 import os
 from collections.abc import Iterable
@@ -68,6 +69,7 @@ class ProcessRanks:
             )
         self.size = size
         self.local = [dist.get_rank()]
+        self.device = device
 
     def sum(self, partials: Iterable[Tensor]) -> Tensor:
         """All-reduce of this rank's only partial result [B, T, D]; for inference (autograd does not see it)."""
@@ -77,13 +79,18 @@ class ProcessRanks:
         return total
 
     def of_first(self, value: T) -> T:
-        """What rank 0 has, on every rank: a tensor of the shape that all have, in place, or any other small thing."""
+        """What rank 0 has, on every rank: a tensor of the shape that all have, in place, or what JSON can say."""
         if isinstance(value, Tensor):
             dist.broadcast(value, src=0)
             return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        text = bytearray(json.dumps(value).encode())
+        size = torch.tensor(len(text), device=self.device)
+        dist.broadcast(size, src=0)
+        # The others' bytes are only room for rank 0's.
+        said = torch.frombuffer(text.ljust(int(size))[: int(size)], dtype=torch.uint8).to(self.device)
+        dist.broadcast(said, src=0)
+        received: T = json.loads(said.cpu().numpy().tobytes())
+        return received
 
 
 Ranks = VirtualRanks | ProcessRanks

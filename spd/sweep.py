@@ -14,7 +14,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
@@ -29,6 +29,9 @@ from spd.compose import HydraError, explain, from_hydra
 from spd.config import LatencyKind, RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.results import Record, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 POINTS_FILE = "points.json"
 POINTER_FILE = "point.json"
@@ -256,6 +259,24 @@ def print_table(records: list[Record], title: str | None = None) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     console.print(table)
+    if frame["accuracy_mean"].notna().any():
+        console.print(_by_task(frame, varying))
+
+
+def _by_task(frame: "pd.DataFrame", varying: list[str]) -> Table:
+    """Each task's score and lm-eval's standard error, beside the mean."""
+    columns = list(frame.columns)
+    tasks = columns[columns.index("accuracy_mean_stderr") + 1 : columns.index("ttft_ms") : 2]
+    table = Table(title="Accuracy by task, ± lm-eval's standard error", title_justify="left")
+    for name in [*varying, "drop", *tasks, "mean"]:
+        table.add_column(name, justify="left" if name in varying else "right", overflow="fold")
+    for _, row in frame.iterrows():
+        scores = [
+            _number(row[name], "{:.3f}") + _number(row[f"{name}_stderr"], " ± {:.3f}", "")
+            for name in [*tasks, "accuracy_mean"]
+        ]
+        table.add_row(*[str(row[name]) for name in varying], f"{row['drop']:g}", *scores)
+    return table
 
 
 def _number(value: Any, form: str, missing: str = "-") -> str:

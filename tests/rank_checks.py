@@ -1,5 +1,6 @@
 """What the ranks of tests/test_processes.py run: real ranks against virtual ones."""
 
+import time
 from typing import Any
 
 import torch
@@ -85,3 +86,21 @@ def answer(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
             torch.distributed.all_gather_object(every, answers(SpdLM(model, batch_size=batch_size), arguments["asked"]))
             found.setdefault(name, {})[batch_size] = every
     return found
+
+
+def evaluate_and_fail(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
+    """An evaluation in which rank 1 raises while rank 0 waits for it."""
+    from spd.evaluation import evaluate
+    from spd.harness import SpdLM
+
+    call, calls = SpdLM._model_call, []
+
+    def fails_at_third_call(self: SpdLM, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3 and torch.distributed.get_rank() == 1:
+            raise ArithmeticError(f"at {time.time()} of all times")
+        return call(self, *args, **options)
+
+    SpdLM._model_call = fails_at_third_call
+    model = spd.load(arguments["folder"], tp_size=arguments["tp_size"], ranks="processes", dtype="float32")
+    return evaluate(model, arguments["tasks"], arguments["include_path"], batch_size=4)

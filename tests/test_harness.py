@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 import spd
 from spd.evaluation import evaluate
 from spd.harness import SpdLM
-from spd.launch import run_ranks
+from spd.launch import RankFailed, run_ranks
 from spd.plan import DropPlan
 
 TASKS = ["toy_choice", "toy_last", "toy_summary"]
@@ -177,3 +178,30 @@ def test_the_batch_size_can_be_found_by_itself(tiny_llama: Path, tasks: Path) ->
     given = evaluate(model, TASKS, include_path=tasks, batch_size=4)
     for task in TASKS:
         assert found["tasks"][task]["metrics"] == pytest.approx(given["tasks"][task]["metrics"], rel=1e-4)
+
+
+def test_a_continuation_longer_than_the_context_is_told_in_words(tiny_llama: Path) -> None:
+    request = Instance("loglikelihood", {}, ("word1", " " + " ".join(WORDS * 2)), 0, ("task", 0, 1))
+    with pytest.raises(spd.UserError, match="continuation to be scored has 120 tokens and the model takes 64"):
+        SpdLM(spd.load(tiny_llama, tp_size=2)).loglikelihood([request])
+
+
+def test_a_rank_that_raises_ends_lm_evals_command_with_its_traceback(tiny_llama: Path, tasks: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(Path(__file__).parent / "raising_rank.py"), "--include_path", str(tasks)]
+    done = run_lm_eval(*command, "--tasks", "toy_summary", pretrained=tiny_llama, tp_size=2, ranks="processes")
+    ended = time.time()
+    assert done.returncode != 0
+    assert "rank 1 raises at" in done.stderr, done.stderr
+    (raised,) = (line.split()[-1] for line in done.stderr.splitlines() if "rank 1 raises at" in line)
+    assert ended - float(raised) < 30
+    assert 'raise ArithmeticError("rank 1 cannot go on")' in done.stderr
+    assert "ArithmeticError: rank 1 cannot go on" in done.stderr
+
+
+def test_a_rank_that_raises_ends_the_runners_launch_with_its_traceback(tiny_llama: Path, tasks: Path) -> None:
+    arguments = {"folder": str(tiny_llama), "tp_size": 2, "tasks": ["toy_last"], "include_path": str(tasks)}
+    with pytest.raises(RankFailed, match=r"(?s)rank 1 of 2 failed: ArithmeticError.*in fails_at_third_call") as failed:
+        run_ranks("tests.rank_checks:evaluate_and_fail", arguments, tp_size=2, timeout_s=150)
+    ended = time.time()
+    assert ended - float(str(failed.value).split("at ")[1].split()[0]) < 30

@@ -309,3 +309,15 @@ def test_the_printed_table_names_what_varies(sweep: Sweep, capsys: Any) -> None:
     assert "model" not in shown
     assert "12.3 [11.0, 13.0]" in shown
     assert "+12.3 % [+11.0, +13.0]" in shown
+
+
+def test_each_tasks_score_and_error_stand_beside_the_mean(sweep: Sweep, capsys: Any) -> None:
+    record = make_record(sweep, 0)
+    scores = {"toy_choice": {"value": 0.25, "stderr": 0.5}, "toy_last": {"value": 0.75, "stderr": None}}
+    record["accuracy"] = {"mean": {"value": 0.5, "stderr": 0.125}, "tasks": scores}
+    print_table([record])
+    lines = capsys.readouterr().out.splitlines()
+    (titles,) = (line for line in lines if "toy_choice" in line)
+    assert titles.split()[1::2] == ["drop", "toy_choice", "toy_last", "mean"]
+    row = next(line for line in lines if "0.250" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.250 ± 0.500", "0.750", "0.500 ± 0.125"]
