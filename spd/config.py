@@ -105,6 +105,8 @@ class DistillationConfig:
     """Passes over the calibration samples. 10 as published."""
     batch_size: int = 4
     """Samples a step. The paper does not say."""
+    after_final_norm: bool = False
+    """Compare the last block's outputs after the model's final norm, as the head sees them. False as published."""
 
     def check(self) -> None:
         rate = self.learning_rate

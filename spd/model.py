@@ -261,11 +261,14 @@ class TensorParallelLM(nn.Module):
             x = decoder.project_in(x)
         return x + decoder.embed_positions(None, position_ids=position_ids), inputs
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the last block's output passes through before the head."""
+        return getattr(self.decoder, self.family.final_norm) or nn.Identity()
+
     def head(self, x: Tensor) -> Tensor:
         """Logits [B, T, V] of the last block's output [B, T, D]."""
-        decoder = self.decoder
-        norm = getattr(decoder, self.family.final_norm)
-        x = x if norm is None else norm(x)
+        decoder, x = self.decoder, self.final_norm(x)
         if getattr(decoder, "project_out", None) is not None:
             x = decoder.project_out(x)
         return self.hf.get_output_embeddings()(x)

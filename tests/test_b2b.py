@@ -1,5 +1,6 @@
 """Block-to-block distillation of tiny blocks: what moves, what does not, and when it is given up."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -287,3 +288,29 @@ def test_only_the_distilled_block_of_a_model_changes(checkpoint: Callable[..., P
     assert model.plan.distilled == {1}
     assert changed
     assert all(".layers.1." in name for name in changed)
+
+
+def test_the_last_block_can_learn_what_the_head_sees(checkpoint: Callable[..., Path], family: str) -> None:
+    samples = tokens(32, 10)
+    prepared, outcomes = {}, {}
+    for after in (False, True):
+        model = spd.load(checkpoint(family), tp_size=2)
+        plan = plan_of(model, "zs_b2b")
+        spd.apply(model, plan, samples, distillation=dataclasses.replace(QUICK, after_final_norm=after))
+        prepared[after], outcomes[after] = model, model.outcomes
+    # Only the last block's loss is another one.
+    assert outcomes[True][1]["loss"] == outcomes[False][1]["loss"]
+    original = spd.load(checkpoint(family), tp_size=2)
+    x, inputs = block_inputs(original, 2, samples)
+    targets = original.final_norm(teacher(original.blocks[2], x, inputs))
+    losses = {}
+    for after, model in prepared.items():
+        block = model.blocks[2]
+        with torch.no_grad():
+            seen = original.final_norm(block.spd(x, block.attention(x, **inputs)))
+        losses[after] = (seen - targets)[-4:].square().mean().item()
+    assert outcomes[True][2]["loss"]["b2b"] == pytest.approx(losses[True], rel=1e-4)
+    assert outcomes[True][2]["loss"]["b2b"] < outcomes[True][2]["loss"]["zs"]
+    assert losses[True] != losses[False]
+    norms = [model.final_norm.weight for model in (prepared[True], original)]
+    assert torch.equal(*norms)

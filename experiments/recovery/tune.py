@@ -39,6 +39,7 @@ def tune(
     tau1: float,
     text: str,
     samples: int,
+    after_final_norm: bool,
     limit: int | None,
 ) -> Iterator[dict[str, Any]]:
     """A row for the dense model, one for zero-shot dropping, and one for each setting."""
@@ -72,14 +73,14 @@ def tune(
             model,
             plan,
             calibration,
-            distillation=DistillationConfig(learning_rate=rate, epochs=passes, batch_size=batch),
+            distillation=DistillationConfig(rate, passes, batch, after_final_norm),
             corrections=CorrectionConfig(kind=kind, rank=rank),
             say=lambda _: None,
         )
         seconds = round(time.perf_counter() - begun, 1)
         row = common | {"strategy": strategy, "tau1": tau1, "text": text, "samples": samples}
         if distilled:
-            row |= {"learning_rate": rate, "epochs": passes, "batch_size": batch}
+            row |= {"learning_rate": rate, "epochs": passes, "batch_size": batch, "after_final_norm": after_final_norm}
         if corrected:
             row |= {"kind": kind.name, "rank": rank}
         yield row | {"blocks": len(model.outcomes), "seconds": seconds} | look(model)
@@ -99,6 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--tau1", type=float, default=-1.0)
     parser.add_argument("--text", default="recovery", help="a file of experiments/reference/data")
     parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--after-final-norm", action="store_true", help="see spd.config.DistillationConfig")
     parser.add_argument("--limit", type=int, help="items a task; by default all")
     parser.add_argument("--record", type=Path, help="a CSV file, to which the rows are added")
     options = vars(parser.parse_args())

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd.block import Block
 from spd.config import CorrectionConfig, DistillationConfig
@@ -261,7 +261,10 @@ class _Recovery:
         x, y, inputs, original = self._here
         settings, rate = self.distillation, self.learning_rate
         batch, train = self.batch, len(x) - self.heldout
-        judged = (x[train:], y[train:], inputs, batch)
+        seen = self._seen(i, steps)
+        if seen is not b2b.AS_IT_IS:
+            y = torch.cat([seen(some) for some in y.split(batch)])
+        judged = (x[train:], y[train:], inputs, batch, seen)
         losses: dict[str, float] = {"zs": b2b.block_loss(original, *judged)}
         kept: list[str] = []
         outcome: dict[str, Any] = {"loss": losses, "seconds": {}, "notes": []}
@@ -283,7 +286,7 @@ class _Recovery:
             else:
                 candidate, new = read(tensors, fix and copy.deepcopy(fix).float()), fix
                 outcome["b2b"] = b2b.distill(
-                    candidate, x, y, inputs, settings, rate, self.heldout, self.seed + i, on_epoch
+                    candidate, x, y, inputs, settings, rate, self.heldout, self.seed + i, on_epoch, seen
                 )
                 stopped = outcome["b2b"]["stopped"]
                 if stopped:
@@ -314,6 +317,12 @@ class _Recovery:
         host = {name: tensor.to("cpu", self.model.dtype).contiguous() for name, tensor in tensors.items()}
         fixes = {name: tensor.cpu() for name, tensor in fix.tensors().items()} if fix else {}
         return Recovered(host, fixes, outcome)
+
+    def _seen(self, i: int, steps: list[str]) -> nn.Module:
+        """What follows block `i`, after which its outputs are compared."""
+        if i < self.model.num_blocks - 1 or "b2b" not in steps or not self.distillation.after_final_norm:
+            return b2b.AS_IT_IS
+        return copy.deepcopy(self.model.final_norm).to(self.device, torch.float32).requires_grad_(False)
 
     def _group(
         self, i: int, block: Block, x: Tensor, inputs: dict[str, Any], tensors: dict[str, Tensor]
