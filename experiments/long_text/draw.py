@@ -1,0 +1,68 @@
+"""The figures of experiments/long_text from long_text.csv: python -m experiments.long_text.draw"""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from spd.figures import COLOURS, MARKERS
+
+HERE = Path(__file__).parent
+PANELS = {
+    "loss_difference": ("position in the text", "loss above dense, nats"),
+    "next": ("tokens continued", "next token is the dense one"),
+    "same": ("tokens continued", "still the dense continuation"),
+}
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """A column a model and drop fraction, a row a measure; bands are one standard error over windows."""
+    columns = list(rows[rows["strategy"] != "dense"].groupby(["model", "drop"]).groups)
+    figure = Figure(figsize=(4.2 * len(columns), 3.2 * len(PANELS)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(PANELS), len(columns), squeeze=False, sharey="row")
+    strategies = [name for name in rows["strategy"].unique() if name != "dense"]
+    for column, (model, drop) in enumerate(columns):
+        part = rows[(rows["model"] == model) & (rows["drop"] == drop)]
+        panels[0, column].set_title(f"{model}, {100 * drop:g} % of the blocks dropped", fontsize=10)
+        for row, (what, (x, y)) in enumerate(PANELS.items()):
+            axes = panels[row, column]
+            for k, strategy in enumerate(strategies):
+                line = part[(part["what"] == what) & (part["strategy"] == strategy)].sort_values("position")
+                style = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4}
+                axes.plot(line["position"], line["value"], **style, label=strategy)
+                band = (line["value"] - line["stderr"], line["value"] + line["stderr"])
+                axes.fill_between(line["position"], *band, color=COLOURS[k], alpha=0.2, linewidth=0)
+            axes.grid(color="#e5e5e5")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xlabel(x)
+            if what == "loss_difference":
+                axes.axhline(0, color="#555555", linewidth=0.8)
+            if column == 0:
+                axes.set_ylabel(y)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(strategies), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def ends(rows: pd.DataFrame) -> str:
+    """The README's table: first and last bin of every measure, everything dropped."""
+    lines = [
+        "| model | strategy | loss above dense, first, last tokens | next token | still the same |",
+        "|---" * 5 + "|",
+    ]
+    full = rows[rows["drop"] == rows["drop"].max()].sort_values("position")
+    for (model, strategy), part in full.groupby(["model", "strategy"], sort=False):
+        cells = []
+        for what in PANELS:
+            bins = part[part["what"] == what]
+            cells.append(", ".join(f"{bin.value:.3f} ± {bin.stderr:.3f}" for bin in (bins.iloc[0], bins.iloc[-1])))
+        lines.append(f"| {model} | `{strategy}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    table = pd.read_csv(HERE / "long_text.csv")
+    draw(table, HERE / "long_text.png")
+    print(ends(table))
