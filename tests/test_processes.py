@@ -15,7 +15,9 @@ from torch import Tensor
 import spd
 from spd.launch import run_ranks
 
-REFERENCE_MODELS = sorted((Path(__file__).parent.parent / "experiments/reference/models").glob("ref_*"))
+MODELS = Path(__file__).parent.parent / "experiments/reference/models"
+# All where few processes share the cores; at tp 8 the one whose key/value heads are on several ranks each.
+REFERENCE_MODELS = {2: ["ref_llama", "ref_opt", "ref_qwen2"], 8: ["ref_qwen2"]}
 
 
 def _correct(folder: Path, tp_size: int, out: Path) -> None:
@@ -35,11 +37,12 @@ def test_real_ranks_equal_virtual_ranks(
 ) -> None:
     corrected = tmp_path / "corrected"
     _correct(tiny_opt, tp_size, corrected)
-    models = (tiny_llama, tiny_opt, tiny_qwen2, corrected, *REFERENCE_MODELS)
+    reference = [MODELS / name for name in REFERENCE_MODELS.get(tp_size, [])]
+    models = (tiny_llama, tiny_opt, tiny_qwen2, corrected, *reference)
     folders = {folder.name: str(folder) for folder in models}
     arguments = {"folders": folders, "tp_size": tp_size, "input_ids": input_ids.tolist()}
     differences = run_ranks("tests.rank_checks:compare_with_virtual_ranks", arguments, tp_size=tp_size, timeout_s=240)
-    assert len(differences) == 4 * 4 + 3 * len(REFERENCE_MODELS)
+    assert len(differences) == 4 * 4 + 3 * len(reference)
     for case, (difference, same_tokens) in differences.items():
         assert difference <= 2e-5, case
         assert same_tokens, case
