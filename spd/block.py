@@ -1,21 +1,25 @@
 """The TP block and the SPD block.
 
-Legend: B batch, T tokens, D hidden size, N ranks, i a rank; P_i = attention of rank i's heads through its columns of
-the output projection, b and b2 the output biases of attention and MLP (absent in LLaMA, present in OPT).
+Legend: B batch, T tokens, D hidden size, N ranks, n of them in this process, i a rank; P_i = attention of rank i's
+heads through its columns of the output projection, b and b2 the output biases of attention and MLP (absent in LLaMA,
+present in OPT).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spd.families import Family
 from spd.ranks import Ranks
 from spd.strategies.correction import Correction
 
+PIECE = 2**18
+"""Numbers of all ranks together in a piece of `Block.spd`, on a CPU."""
+
 
 class Block(nn.Module):
-    """One transformer block over the shards of this process.
+    """One transformer block over the ranks of this process.
 
         TP block    U   = X + sum_i(P_i) + b                        sync point 1
                     out = U + sum_i(MLP_i(norm2(U))) + b2           sync point 2
@@ -28,8 +32,8 @@ class Block(nn.Module):
     attention would have added (`spd.strategies.correction`; beyond the paper).
 
     Args:
-        shards: the Hugging Face layers of this process's ranks (see `spd.sharding`).
-        family: where these layers keep their parts.
+        layer: the Hugging Face layer with the heads and MLP columns of this process's ranks (see `spd.sharding`).
+        family: where it keeps its parts.
         ranks: who sums.
         attention_bias: b [D] or None.
         mlp_bias: b2 [D] or None.
@@ -41,7 +45,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        shards: list[nn.Module],
+        layer: nn.Module,
         family: Family,
         ranks: Ranks,
         attention_bias: nn.Parameter | None,
@@ -49,11 +53,11 @@ class Block(nn.Module):
         correction: Correction | None = None,
     ) -> None:
         super().__init__()
-        self.shards = nn.ModuleList(shards)
+        self.layer = layer
         self.family = family
         self.ranks = ranks
-        self.norm1 = shards[0].get_submodule(family.attention_norm)
-        self.norm2 = shards[0].get_submodule(family.mlp_norm)
+        self.norm1 = layer.get_submodule(family.attention_norm)
+        self.norm2 = layer.get_submodule(family.mlp_norm)
         self.attention_bias = attention_bias
         self.mlp_bias = mlp_bias
         self.correction = correction
@@ -61,42 +65,59 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; `inputs` are what Hugging Face gives a layer: mask, positions, cache."""
-        partials = self.attention(x, **inputs)
-        return self.spd(x, partials, **inputs) if self.dropped else self.tp(x, partials)
+        if self.dropped:
+            return self.spd(x, self.attention(x, **inputs), **inputs)
+        return self.tp(x, self.attention(x, split=False, **inputs))
 
-    def attention(self, x: Tensor, **inputs: Any) -> list[Tensor]:
-        """`P_i` [B, T, D] of every rank of this process, for the block input `X` [B, T, D]."""
-        normed = self.norm1(x)
-        shards: Any = self.shards
-        return [shard.self_attn(hidden_states=normed, **inputs)[0] for shard in shards]
+    def attention(self, x: Tensor, split: bool = True, **inputs: Any) -> Tensor:
+        """`P_i` of every rank of this process, [n, B, T, D], or their sum, [1, B, T, D], for the block input `X`."""
+        layer: Any = self.layer
+        layer.get_submodule(self.family.attention_output).split = len(self.ranks.local) if split else 1
+        partials: Tensor = layer.self_attn(hidden_states=self.norm1(x), **inputs)[0]
+        return partials
 
-    def tp(self, x: Tensor, partials: list[Tensor]) -> Tensor:
+    def tp(self, x: Tensor, partials: Tensor) -> Tensor:
         """The block's output as tensor parallelism has it, from `X` and `P_i`: two sync points."""
         u = x + _plus(self.ranks.sum(partials), self.attention_bias)
-        normed = self.norm2(u)
-        return u + _plus(self.ranks.sum(self.family.mlp(shard, normed) for shard in self.shards), self.mlp_bias)
+        return u + _plus(self.ranks.sum(self.family.mlp(self.layer, self.norm2(u))), self.mlp_bias)
 
-    def spd(self, x: Tensor, partials: list[Tensor], **inputs: Any) -> Tensor:
+    def spd(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
         """The block's output with the sync point after attention dropped, from `X` and `P_i`: one sync point.
 
         `inputs` are for a correction that looks a token back; without them, `X` are whole sequences without padding.
         """
         residual = _plus(x, self.attention_bias)
-        outputs = (
-            # In place on the MLP's own output: with many virtual ranks fresh memory costs as much as the arithmetic.
-            self.family.mlp(shard, self.norm2(u)).add_(p)
-            for shard, p, u in zip(self.shards, partials, self.mlp_inputs(x, partials, **inputs), strict=True)
-        )
-        return residual + _plus(self.ranks.sum(outputs), self.mlp_bias)
+        known = self._with_missing(x, partials, **inputs)
+        pieces = zip(*map(self._pieces, (residual.unsqueeze(0), known, partials)), strict=True)
+        outputs = [_local_sum(self.family.mlp(self.layer, self.norm2(r + k)).add_(p)) for r, k, p in pieces]
+        total = self.ranks.sum(torch.cat(outputs, dim=2).view(1, *x.shape))
+        return residual + _plus(total, self.mlp_bias)
 
-    def mlp_inputs(self, x: Tensor, partials: list[Tensor], **inputs: Any) -> Iterator[Tensor]:
-        """`U_i` [B, T, D] of every rank of this process, one after the other, from `X` and `P_i`."""
-        residual = _plus(x, self.attention_bias)
+    def mlp_inputs(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
+        """`U_i` [n, B, T, D] of every rank of this process, from `X` and `P_i`."""
+        return _plus(x, self.attention_bias) + self._with_missing(x, partials, **inputs)
+
+    def _with_missing(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
+        """`P_i`, with a correction `P_i + M_i`, [n, B, T, D]."""
         if self.correction is None:
-            return (residual + p for p in partials)
+            return partials
         normed, correction = self.norm1(x), self.correction
         before = correction.before(normed, inputs.get("position_ids"), inputs.get("past_key_values"))
-        return (residual + p + correction(rank, normed, p, before) for rank, p in enumerate(partials))
+        return torch.stack([p + correction(rank, normed, p, before) for rank, p in enumerate(partials)])
+
+    def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[1 or n, B, T, D] by tokens, [1 or n, 1, t, D]: on a GPU all at once.
+
+        On a CPU, of many ranks, as many as stay in its cache: fresh memory costs as much as the arithmetic.
+        """
+        tokens, n = x.flatten(1, 2).unsqueeze(1), len(self.ranks.local)
+        if n == 1 or x.device.type != "cpu":
+            return (tokens,)
+        return tokens.split(max(1, PIECE // (n * x.shape[-1])), dim=2)
+
+
+def _local_sum(partials: Tensor) -> Tensor:
+    return partials if len(partials) == 1 else partials.sum(0, keepdim=True)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -333,9 +333,17 @@ def _rank_main(folder: Path, agent: int) -> None:
         traceback.print_exc()
         # At once: tearing down a half-closed process group can hang.
         os._exit(1)
-    # Else gloo and torch warn about a group that was left open.
+    end_rank()
+
+
+def end_rank() -> None:
+    """Ends the process of a rank that is done, its process group closed."""
     if "torch.distributed" in sys.modules and (dist := sys.modules["torch.distributed"]).is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # else gloo and torch warn about a group that was left open
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's own end, at which a thread of the libraries now and then aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

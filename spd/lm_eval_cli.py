@@ -1,11 +1,13 @@
 """lm-eval's own command with one model more: `lm_eval --model spd`, `torchrun ... -m spd.lm_eval_cli --model spd`."""
 
+import os
 import sys
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 
 from spd.errors import UserError
+from spd.launch import end_rank
 
 
 def main() -> None:
@@ -16,6 +18,8 @@ def main() -> None:
         cli_evaluate()
     except UserError as error:
         sys.exit(f"spd: {error}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_rank()
 
 
 if __name__ == "__main__":

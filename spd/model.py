@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Cache,
-    DynamicLayer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -29,7 +28,7 @@ from spd.errors import UserError
 from spd.families import Family
 from spd.plan import PLAN_FILE, DropPlan
 from spd.ranks import Ranks, VirtualRanks
-from spd.sharding import BlockReader, Cut, InCheckpoint, InMemory, Kind, Source, merge
+from spd.sharding import BlockReader, Cut, InCheckpoint, InMemory, Source
 from spd.strategies.correction import CORRECTION_FILE, Correction, TokenBefore
 
 _AGAIN = "copy the folder again or prepare the model again"
@@ -83,9 +82,9 @@ class TensorParallelLM(nn.Module):
             decoder.rotary_emb = type(decoder.rotary_emb)(self.config).to(device)
 
     def _load_blocks(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.cuts = [Cut.of_rank(self.family, self.config, self.tp_size, rank) for rank in self.ranks.local]
+        self.cut = Cut.of_ranks(self.family, self.config, self.tp_size, self.ranks.local)
         layer_type = type(self.decoder.layers[0])
-        self._reader = BlockReader(self.family, self.hf.config, layer_type, self.cuts)
+        self._reader = BlockReader(self.family, self.hf.config, layer_type, self.cut)
         self._recovered: dict[int, Block] = {}
         self._original_elsewhere: set[int] = set()
         self.outcomes: dict[int, dict[str, Any]] = {}
@@ -108,36 +107,30 @@ class TensorParallelLM(nn.Module):
             dtype, device: by default the model's.
         """
         source: Source = InCheckpoint(self.checkpoint, f"{self._layers}{i}.") if tensors is None else InMemory(tensors)
-        shards, biases = self._reader.read(i, source, dtype or self.dtype, device or self.device)
+        layer, biases = self._reader.read(i, source, dtype or self.dtype, device or self.device)
         biases_of = biases.get("attention_output"), biases.get("mlp_output")
-        block = Block(shards, self.family, self.ranks, *biases_of, correction)
+        block = Block(layer, self.family, self.ranks, *biases_of, correction)
         if correction is not None:
-            correction.cache_slot = self.num_blocks * len(self.cuts) + i
-        block.register_forward_pre_hook(self._make_room_in_cache, with_kwargs=True)
+            correction.cache_slot = self.num_blocks + i
+            block.register_forward_pre_hook(self._make_room_in_cache, with_kwargs=True)
         return block
 
     def layer_tensors(self, block: Block) -> dict[str, Tensor]:
         """The whole tensors of a block of all ranks, by their names in the Hugging Face layer."""
-        biases: dict[Kind, nn.Parameter | None] = {
-            "attention_output": block.attention_bias,
-            "mlp_output": block.mlp_bias,
-        }
-        return merge(list(block.shards), {kind: bias for kind, bias in biases.items() if bias is not None}, self.cuts)
+        names, biases = self.family, (block.attention_bias, block.mlp_bias)
+        outputs = zip((names.attention_output, names.mlp_output), biases, strict=True)
+        found = {f"{name}.bias": bias.data for name, bias in outputs if bias is not None}
+        return found | {name: parameter.data for name, parameter in block.layer.named_parameters()}
 
     @property
     def _layers(self) -> str:
         return f"{self.family.decoder}.layers."
 
     def _make_room_in_cache(self, block: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
-        # Hugging Face makes a cache with one slot a block. Every virtual rank needs its own (see BlockReader.read), and
-        # corrections that look a token back have theirs behind these.
+        # Hugging Face makes a cache with one slot a block; corrections that look a token back have theirs behind these.
         cache: Cache | None = inputs.get("past_key_values")
-        if cache is None:
-            return
-        ranks = self.num_blocks * len(self.cuts)
-        cache.layers.extend(DynamicLayer() for _ in range(ranks - len(cache.layers)))
-        if block.correction is not None:
-            cache.layers.extend(TokenBefore() for _ in range(ranks + self.num_blocks - len(cache.layers)))
+        if cache is not None:
+            cache.layers.extend(TokenBefore() for _ in range(2 * self.num_blocks - len(cache.layers)))
 
     @property
     def decoder(self) -> Any:

@@ -1,15 +1,11 @@
 """Who the tensor-parallel ranks are, and the sum over them: the sync point.
 
-A process holds the shards of its *local* ranks: all `N` with virtual ranks, one of `N` under torchrun. Both give the
+A process holds the parts of its *local* ranks: all `N` with virtual ranks, one of `N` under torchrun. Both give the
 same sum to rounding, so accuracy needs one device only and latency is measured with the very same blocks.
 """
 
-import functools
-import itertools
 import json
-import operator
 import os
-from collections.abc import Iterable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -29,13 +25,9 @@ class VirtualRanks:
         self.size = size
         self.local = list(range(size))
 
-    def sum(self, partials: Iterable[Tensor]) -> Tensor:
-        """Sum of the ranks' partial results [B, T, D], each added as soon as it is computed."""
-        first, *rest = itertools.islice(remaining := iter(partials), 2)
-        if not rest:
-            return first
-        # Only the first addition makes a new tensor: the partial results stay as they are, and fresh memory is slow.
-        return functools.reduce(operator.iadd, remaining, first + rest[0])
+    def sum(self, partials: Tensor) -> Tensor:
+        """Sum [B, T, D] of partial results [1 or N, B, T, D]."""
+        return partials[0] if len(partials) == 1 else partials.sum(0)
 
     def of_first(self, value: T) -> T:
         """What rank 0 has."""
@@ -71,10 +63,9 @@ class ProcessRanks:
         self.local = [dist.get_rank()]
         self.device = device
 
-    def sum(self, partials: Iterable[Tensor]) -> Tensor:
-        """All-reduce of this rank's only partial result [B, T, D]; for inference (autograd does not see it)."""
-        (partial,) = partials
-        total = partial.clone()
+    def sum(self, partials: Tensor) -> Tensor:
+        """All-reduce of this rank's partial result [1, B, T, D]; for inference (autograd does not see it)."""
+        total = partials[0].clone()
         dist.all_reduce(total)
         return total
 

@@ -1,12 +1,15 @@
-"""Cuts a transformer block into shards: the model's own Hugging Face layer with fewer heads and a narrower MLP.
+"""Cuts a transformer block: the model's own Hugging Face layer with the heads and MLP columns of this process's ranks.
 
-Legend: D hidden size, H query heads, K key/value heads, h head size, F MLP width, N ranks (tp_size), L blocks.
+Legend: D hidden size, H query heads, K key/value heads, h head size, F MLP width, N ranks (tp_size), n of them in this
+process (N virtual ones, or one), B batch, T tokens.
 
     query rows, attention_output columns   H/N heads a rank
-    key_value rows                         K/N heads a rank; when N > K, one head on N/K neighbouring ranks
+    key_value rows                         K/N heads a rank; when N > K, one head for N/K neighbouring ranks
     mlp_input rows, mlp_output columns     F/N columns a rank
-    output biases                          in no shard: added once, after the sum over ranks
+    output biases                          not in the layer: added once, after the sum over ranks
     everything else (norms)                whole, one copy for all ranks of a process
+
+The ranks of a process are neighbours, so each tensor is one piece, and the n ranks' parts of it are equal runs.
 """
 
 from dataclasses import dataclass
@@ -46,26 +49,29 @@ def _fits(family: Family, config: PretrainedConfig, n: int) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of every block that one rank holds."""
+    """The part of every block that the ranks of one process hold."""
 
     family: Family
+    ranks: int
+    """n."""
     heads: Span
     kv_heads: Span
     width: Span
     head_size: int
 
     @classmethod
-    def of_rank(cls, family: Family, config: PretrainedConfig, tp_size: int, rank: int) -> "Cut":
+    def of_ranks(cls, family: Family, config: PretrainedConfig, tp_size: int, ranks: list[int]) -> "Cut":
         """Rank `i` takes heads `[iH/N, (i+1)H/N)`, the key/value heads these attend to, and as much of the MLP."""
         heads, kv_heads = family.heads(config)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        first, last = _share(heads, tp_size, rank)
+        first, last = _share(heads, tp_size, ranks)
         group = heads // kv_heads
         return cls(
             family,
+            ranks=len(ranks),
             heads=(first, last),
             kv_heads=(first // group, (last - 1) // group + 1),
-            width=_share(family.mlp_width(config), tp_size, rank),
+            width=_share(family.mlp_width(config), tp_size, ranks),
             head_size=head_size,
         )
 
@@ -83,7 +89,7 @@ class Cut:
         return "mlp_output" if module == self.family.mlp_output else "whole"
 
     def span(self, kind: Kind) -> Span | None:
-        """The rows (or columns, for the output layers) this rank holds of a parameter of that kind; None is all."""
+        """The rows (or columns, for the output layers) held of a parameter of that kind; None is all."""
         if kind == "whole":
             return None
         if kind in ("mlp_input", "mlp_output"):
@@ -92,8 +98,8 @@ class Cut:
         return first * self.head_size, last * self.head_size
 
 
-def _share(total: int, n: int, rank: int) -> Span:
-    return rank * total // n, (rank + 1) * total // n
+def _share(total: int, n: int, ranks: list[int]) -> Span:
+    return ranks[0] * total // n, (ranks[-1] + 1) * total // n
 
 
 def is_output(kind: Kind) -> bool:
@@ -109,7 +115,7 @@ class Source(Protocol):
 
 
 class InMemory:
-    """A `Source` of whole tensors, as `merge` gives them."""
+    """A `Source` of whole tensors."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -131,71 +137,88 @@ class InCheckpoint:
         return self.checkpoint.read(f"{self.prefix}{name}", rows, columns)
 
 
+class RankRows(nn.Linear):
+    """A linear layer whose output features are cut over `n` ranks.
+
+    [B, T, D] -> [B, T, F] for an input that all ranks share; [n, B, T, D] -> [n, B, T, F/n] for one input a rank.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0] if x.ndim == 4 else 1
+        if n == 1:
+            return super().forward(x)
+        weight = self.weight.view(n, -1, x.shape[-1])
+        y = x.flatten(1, 2) @ weight.transpose(1, 2)
+        y = y if self.bias is None else y + self.bias.view(n, 1, -1)
+        return y.unflatten(1, x.shape[1:3])
+
+
+class RankColumns(nn.Linear):
+    """A linear layer without bias whose input features are cut over `n` ranks, each of which gives a partial result.
+
+    [n, B, T, F/n] -> [n, B, T, D]; [B, T, F] -> the same, or, for a `split` of 1, its sum [1, B, T, D].
+    """
+
+    split = 1
+    """n, or 1 for the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0] if x.ndim == 4 else self.split
+        if n == 1:
+            y = super().forward(x)
+            return y if x.ndim == 4 else y.unsqueeze(0)
+        shape = x.shape[-3:-1]
+        its = x.flatten(1, 2) if x.ndim == 4 else x.flatten(0, 1).unflatten(-1, (n, -1)).transpose(0, 1)
+        weight = self.weight.unflatten(1, (n, -1)).permute(1, 2, 0)  # [n, F/n, D]
+        return (its @ weight).unflatten(1, shape)
+
+
 class BlockReader:
-    """Makes the shards of single blocks.
+    """Makes the layers of single blocks.
 
     Args:
         family, config: what the model is.
         layer_type: the Hugging Face decoder layer class.
-        cuts: one for each rank of this process.
+        cut: the part that this process holds.
     """
 
-    def __init__(self, family: Family, config: PretrainedConfig, layer_type: type[nn.Module], cuts: list[Cut]) -> None:
-        self.family, self.config, self.layer_type, self.cuts = family, config, layer_type, cuts
+    def __init__(self, family: Family, config: PretrainedConfig, layer_type: type[nn.Module], cut: Cut) -> None:
+        self.family, self.config, self.layer_type, self.cut = family, config, layer_type, cut
 
     def read(
         self, block: int, source: Source, dtype: torch.dtype, device: torch.device
-    ) -> tuple[list[nn.Module], dict[Kind, nn.Parameter]]:
-        """The layer of every local rank with that rank's slices only, and the output biases [D] there are, by kind.
-
-        Ranks that hold the same slice (norms, repeated key/value heads) share one parameter. The cache slot of local
-        rank `r` is `block + r L`: slot 0 to L-1 is what Hugging Face expects of an ordinary model.
-        """
-
-        def parameter(name: str, kind: Kind, span: Span | None) -> nn.Parameter:
-            part = slice(None) if span is None else slice(*span)
-            tensor = source.read(name, slice(None), part) if is_output(kind) else source.read(name, part)
-            return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-
-        read: dict[tuple[str, Span | None], nn.Parameter] = {}
-        shards: list[nn.Module] = []
+    ) -> tuple[nn.Module, dict[Kind, nn.Parameter]]:
+        """The layer with this process's slices only, and the output biases [D] there are, by kind."""
+        cut = self.cut
+        with torch.device("meta"):
+            layer = self.layer_type(self.config, layer_idx=block)
+            for name, module in list(layer.named_modules()):
+                if by_rank := _BY_RANK.get(cut.kind(f"{name}.weight")):
+                    layer.set_submodule(name, by_rank(1, 1, bias=module.bias is not None))
         biases: dict[Kind, nn.Parameter] = {}
-        for position, cut in enumerate(self.cuts):
-            with torch.device("meta"):
-                layer = self.layer_type(self.config, layer_idx=block)
-            for name, _ in list(layer.named_parameters()):
-                kind = cut.kind(name)
-                module_name, _, leaf = name.rpartition(".")
-                module = layer.get_submodule(module_name)
-                if is_output(kind) and leaf == "bias":
-                    module.register_parameter("bias", None)
-                    if kind not in biases:
-                        biases[kind] = parameter(name, "whole", None)
-                    continue
-                key = (name, cut.span(kind))
-                if key not in read:
-                    read[key] = parameter(name, kind, key[1])
-                module.register_parameter(leaf, read[key])
-                if isinstance(module, nn.Linear) and leaf == "weight":
-                    module.out_features, module.in_features = module.weight.shape
-            attention: Any = layer.get_submodule("self_attn")
-            attention.layer_idx = block + position * self.config.num_hidden_layers
-            self.family.set_local_heads(attention, cut.heads[1] - cut.heads[0], cut.kv_heads[1] - cut.kv_heads[0])
-            shards.append(layer)
-        return shards, biases
+        for name, _ in list(layer.named_parameters()):
+            module_name, _, leaf = name.rpartition(".")
+            module, kind = layer.get_submodule(module_name), cut.kind(name)
+            output_bias = is_output(kind) and leaf == "bias"
+            span = None if output_bias else cut.span(kind)
+            part = slice(None) if span is None else slice(*span)
+            columns = is_output(kind) and not output_bias
+            tensor = source.read(name, slice(None), part) if columns else source.read(name, part)
+            parameter = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            if output_bias:
+                module.register_parameter("bias", None)
+                biases[kind] = parameter
+                continue
+            module.register_parameter(leaf, parameter)
+            if isinstance(module, nn.Linear) and leaf == "weight":
+                module.out_features, module.in_features = parameter.shape
+        attention: Any = layer.get_submodule("self_attn")
+        self.family.set_local_heads(attention, cut.heads[1] - cut.heads[0], cut.kv_heads[1] - cut.kv_heads[0])
+        return layer, biases
 
 
-def merge(shards: list[nn.Module], biases: dict[Kind, nn.Parameter], cuts: list[Cut]) -> dict[str, Tensor]:
-    """The whole layer's tensors from the shards of all ranks, by their name in the layer: the inverse of cutting."""
-    family = cuts[0].family
-    names: dict[Kind, str] = {"attention_output": family.attention_output, "mlp_output": family.mlp_output}
-    merged = {f"{names[kind]}.bias": bias.data for kind, bias in biases.items()}
-    for name, parameter in shards[0].named_parameters():
-        kind = cuts[0].kind(name)
-        if kind == "whole":
-            merged[name] = parameter.data
-            continue
-        # Repeated key/value heads: one copy of each.
-        parts = {cut.span(kind): shard.get_parameter(name).data for cut, shard in zip(cuts, shards, strict=True)}
-        merged[name] = torch.cat(list(parts.values()), dim=1 if is_output(kind) else 0)
-    return merged
+_BY_RANK: dict[Kind, type[nn.Linear]] = {
+    "mlp_input": RankRows,
+    "attention_output": RankColumns,
+    "mlp_output": RankColumns,
+}

@@ -23,7 +23,7 @@ def compare_with_virtual_ranks(arguments: dict[str, Any], on_progress: Any) -> d
     mask[0, :3] = 0
     for name, folder in arguments["folders"].items():
         real = spd.load(folder, tp_size=arguments["tp_size"], ranks="processes", dtype="float32")
-        assert len(real.blocks[0].shards) == 1
+        assert real.cut.ranks == 1
         compares = torch.distributed.get_rank() == 0
         models = [real, spd.load(folder, tp_size=arguments["tp_size"], dtype="float32")] if compares else [real]
         last = real.num_blocks - 1

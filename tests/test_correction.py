@@ -127,7 +127,7 @@ def test_the_missing_attention_itself_makes_the_dropped_block_the_tp_block(
     x, inputs = block_inputs(model, 1, tokens(2, 9))
     fix = Correction({"constant": torch.zeros(tp_size, 32)})
     block = model.read_block(1, correction=fix)
-    total = torch.stack(block.attention(x, **inputs)).sum(0)
+    total = block.attention(x, **inputs).sum(0)
     monkeypatch.setattr(fix, "forward", lambda rank, normed, partial, before: total - partial)
     block.dropped = True
     assert_same(block(x, **inputs), teacher(model.blocks[1], x, inputs))
@@ -153,11 +153,11 @@ def test_full_rank_is_exact_where_attention_is_linear_in_the_features(
     for i in range(4):  # P_i tells of 8 of norm1(X)'s 32 numbers
         maps[:, i, :, : 8 * i] = maps[:, i, :, 8 * i + 8 :] = 0
 
-    def linear_attention(x: Tensor, **_: Any) -> list[Tensor]:
+    def linear_attention(x: Tensor, **_: Any) -> Tensor:
         normed = model.blocks[1].norm1(x)
         before = F.pad(normed, (0, 0, 1, 0))[:, :-1] if "b" in seen else torch.zeros_like(normed)
         shifted = before.flip(-1)
-        return [F.linear(normed, a) + F.linear(shifted, b) for a, b in zip(*maps, strict=True)]
+        return torch.stack([F.linear(normed, a) + F.linear(shifted, b) for a, b in zip(*maps, strict=True)])
 
     def block(fix: Correction | None = None) -> Block:
         made = model.read_block(1, correction=fix)

@@ -166,8 +166,8 @@ def test_attention_is_computed_as_before_afterwards(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
 
-    shard: Any = model.blocks[1].shards[2]
-    monkeypatch.setattr(shard.self_attn, "forward", broken)
+    layer: Any = model.blocks[1].layer
+    monkeypatch.setattr(layer.self_attn, "forward", broken)
     with pytest.raises(RuntimeError, match="no memory"):
         head_distances(model.blocks[1], x, inputs)
     assert model.hf.config._attn_implementation == "sdpa"
@@ -182,7 +182,8 @@ def test_norms_are_of_every_partition_fed_by_every_group(checkpoint: Callable[..
     partials = block.attention(x, **inputs)
     bias = 0.0 if block.attention_bias is None else block.attention_bias
     for g, j in itertools.product(range(4), range(4)):
-        output = row.mlp(block.shards[j], block.norm2(x + partials[g] + bias))
+        fed = block.norm2(x + partials[g] + bias).expand(4, *x.shape)
+        output = row.mlp(block.layer, fed)[j]
         assert values[g, j] == pytest.approx(output.norm(dim=-1).sum().item(), rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import spd
+from spd.sharding import BlockReader, Cut, InMemory
 
 
 @pytest.fixture
@@ -27,18 +29,29 @@ def test_a_block_that_does_not_exist_is_refused_and_nothing_changes(tiny_llama: 
     assert model.dropped == (1,)
 
 
+def layer_of(model: spd.TensorParallelLM, tp_size: int, ranks: list[int]) -> Any:
+    """Block 0's layer as a process of these ranks holds it."""
+    family, config, original = model.family, model.hf.config, model.blocks[0].layer
+    reader = BlockReader(family, config, type(original), Cut.of_ranks(family, config, tp_size, ranks))
+    return reader.read(0, InMemory(model.layer_tensors(model.blocks[0])), torch.float32, torch.device("cpu"))[0]
+
+
 def test_every_rank_holds_only_its_share(tiny_qwen2: Path) -> None:
-    whole, cut = spd.load(tiny_qwen2, tp_size=1), spd.load(tiny_qwen2, tp_size=8)
-    full, shard = whole.blocks[0].shards[0], cut.blocks[0].shards[5]
-    assert shard.self_attn.q_proj.weight.shape[0] == full.self_attn.q_proj.weight.shape[0] // 8
-    assert shard.mlp.down_proj.weight.shape[1] == full.mlp.down_proj.weight.shape[1] // 8
+    model = spd.load(tiny_qwen2, tp_size=1)
+    full, share = model.blocks[0].layer, layer_of(model, 8, [5])
+    assert torch.equal(share.self_attn.q_proj.weight, full.self_attn.q_proj.weight.chunk(8)[5])
+    assert torch.equal(share.mlp.up_proj.weight, full.mlp.up_proj.weight.chunk(8)[5])
+    assert torch.equal(share.mlp.down_proj.weight, full.mlp.down_proj.weight.chunk(8, dim=1)[5])
+    assert torch.equal(share.input_layernorm.weight, full.input_layernorm.weight)
+    two = layer_of(model, 8, [4, 5])
+    assert torch.equal(two.mlp.down_proj.weight, full.mlp.down_proj.weight.chunk(4, dim=1)[2])
 
 
-def test_repeated_key_value_heads_and_norms_are_one_parameter(tiny_qwen2: Path) -> None:
-    shards = spd.load(tiny_qwen2, tp_size=8).blocks[0].shards  # 2 key/value heads on 8 ranks
-    assert shards[0].self_attn.k_proj.weight is shards[3].self_attn.k_proj.weight
-    assert shards[3].self_attn.k_proj.weight is not shards[4].self_attn.k_proj.weight
-    assert shards[0].input_layernorm.weight is shards[7].input_layernorm.weight
+def test_neighbouring_ranks_repeat_key_value_heads(tiny_qwen2: Path) -> None:
+    model = spd.load(tiny_qwen2, tp_size=1)  # 2 key/value heads, on 8 ranks
+    keys = [layer_of(model, 8, [rank]).self_attn.k_proj.weight for rank in range(8)]
+    heads = model.blocks[0].layer.self_attn.k_proj.weight.chunk(2)
+    assert all(torch.equal(key, heads[rank // 4]) for rank, key in enumerate(keys))
 
 
 @pytest.mark.parametrize("tp_size", [1, 4, 8])

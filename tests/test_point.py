@@ -274,7 +274,7 @@ def test_latency_is_measured_where_no_correction_was_kept(config: RunConfig, run
 
 
 def useless(block: Any, x: torch.Tensor) -> Correction:
-    return Correction({"constant": torch.full((len(block.shards), x.shape[-1]), 1e3)})
+    return Correction({"constant": torch.full((len(block.ranks.local), x.shape[-1]), 1e3)})
 
 
 def test_blocks_treated_with_longer_samples_are_other_ones(config: RunConfig, run: Any) -> None:

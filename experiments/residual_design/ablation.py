@@ -28,7 +28,7 @@ is what a rank drawn at random loses. Blocks are dropped in the suffix order of 
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,35 +102,30 @@ def last_outputs(
         yield from last_outputs(rest, design, spd_of(design, block, x, partials), inputs, dropped)
 
 
-def attention(block: Block, x: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
-    """`P_i` [B, T, D] of every rank from hidden states [R, B, T, D]."""
-    shards: Any = block.shards
-    pairs = zip(shards, _by_rank(block.norm1(x), block), strict=True)
-    return [shard.self_attn(hidden_states=normed, **inputs)[0] for shard, normed in pairs]
+def attention(block: Block, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """`P_i` [N, B, T, D] of every rank from hidden states [R, B, T, D]."""
+    if len(x) == 1:
+        return block.attention(x[0], **inputs)
+    return torch.stack([block.attention(its, **inputs)[i] for i, its in enumerate(x)])
 
 
-def tp(block: Block, x: Tensor, partials: list[Tensor]) -> Tensor:
+def tp(block: Block, x: Tensor, partials: Tensor) -> Tensor:
     """Output [R, B, T, D] of a block that is not dropped."""
     u = x + _plus(block.ranks.sum(partials), block.attention_bias)
-    pairs = zip(block.shards, _by_rank(block.norm2(u), block), strict=True)
-    return u + _plus(block.ranks.sum(block.family.mlp(shard, normed) for shard, normed in pairs), block.mlp_bias)
+    normed = block.norm2(u)
+    outputs = block.family.mlp(block.layer, normed[0] if len(u) == 1 else normed)
+    return u + _plus(block.ranks.sum(outputs), block.mlp_bias)
 
 
-def spd_of(design: Design, block: Block, x: Tensor, partials: list[Tensor]) -> Tensor:
+def spd_of(design: Design, block: Block, x: Tensor, partials: Tensor) -> Tensor:
     """Output [R or N, B, T, D] of a dropped block of that design."""
     residual = _plus(x, block.attention_bias)
-    outputs = []
-    for shard, p, its in zip(block.shards, partials, _by_rank(residual, block), strict=True):
-        mlp_input = its + p if design.mlp_input == "X + P_i + b" else _plus(p, block.attention_bias)
-        output = block.family.mlp(shard, block.norm2(mlp_input))
-        outputs.append(output + p if design.attention_residual == "before" else output)
+    mlp_inputs = residual + partials if design.mlp_input == "X + P_i + b" else _plus(partials, block.attention_bias)
+    outputs = block.family.mlp(block.layer, block.norm2(mlp_inputs))
+    if design.attention_residual == "before":
+        outputs = outputs + partials
     out = residual + _plus(block.ranks.sum(outputs), block.mlp_bias)
-    return out + torch.stack(partials) if design.attention_residual == "after" else out
-
-
-def _by_rank(x: Tensor, block: Block) -> Iterable[Tensor]:
-    """Each rank's [B, T, D] of [R, B, T, D]."""
-    return x.expand(block.ranks.size, -1, -1, -1)
+    return out + partials if design.attention_residual == "after" else out
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -139,13 +139,13 @@ def fit(
     Returns:
         float32, on the device of `x`.
     """
-    moments = _Moments(settings.kind, len(block.shards), x.shape[-1], x.device)
+    moments = _Moments(settings.kind, len(block.ranks.local), x.shape[-1], x.device)
     for batch in x.split(batch_size):
         partials = block.attention(batch, **inputs)
         normed = block.norm1(batch)
         before = torch.cat([torch.zeros_like(normed[:, :1]), normed[:, :-1]], dim=1)
         moments.add({"x": normed, "b": before}, partials)
-    solved = [moments.solve(rank, settings) for rank in range(len(block.shards))]
+    solved = [moments.solve(rank, settings) for rank in block.ranks.local]
     return Correction({name: torch.stack([one[name] for one in solved]).float() for name in solved[0]})
 
 
@@ -168,12 +168,12 @@ class _Moments:
             self.products = zeros(wide, wide)
             self.partial_products = zeros(ranks, size, wide + size)  # of P_i with the shared ones, then with itself
 
-    def add(self, values: dict[str, Tensor], partials: list[Tensor]) -> None:
-        """Counts the tokens of the shared features [B, T, D] and of every rank's `P_i` [B, T, D]."""
+    def add(self, values: dict[str, Tensor], partials: Tensor) -> None:
+        """Counts the tokens of the shared features [B, T, D] and of every rank's `P_i`, [N, B, T, D]."""
         # The products of one batch in float32, several times faster than in float64; never in a shorter type, in which
         # what has to be inverted is not positive any more.
         with torch.autocast(self.sums.device.type, enabled=False):
-            own = torch.stack(partials).flatten(1, 2).float()  # [N, B T, D]
+            own = partials.flatten(1, 2).float()  # [N, B T, D]
             flat = {name: value.flatten(0, 1).float() for name, value in values.items()} | {"t": own.sum(0)}
             shared = torch.cat([flat[name] for name in self.shared], dim=-1)
             if not self.count:  # about where the values lie: what is summed is to be small

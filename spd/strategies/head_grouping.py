@@ -41,8 +41,7 @@ def head_distances(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: 
     """Euclidean distances [H, H] between the heads' attention probabilities over block inputs [S, T, D]."""
     gram: Any = 0.0
     for batch in x.split(batch_size):
-        signatures = torch.cat([p.flatten(2) for p in _attention_probabilities(block, batch, inputs)], dim=1)
-        signatures = signatures.transpose(0, 1).flatten(1)  # [H, B T T]
+        signatures = _attention_probabilities(block, batch, inputs).transpose(0, 1).flatten(1)  # [H, B T T]
         with torch.autocast(x.device.type, enabled=False):  # a distance is the small difference of large products
             gram = gram + (signatures.float() @ signatures.float().T).double()
     squares = gram.diagonal()
@@ -52,15 +51,16 @@ def head_distances(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: 
 
 
 @torch.no_grad()
-def _attention_probabilities(block: Block, x: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
-    """[B, H/N, T, T] of every rank. Only Hugging Face's eager attention gives them, and it needs the causal mask."""
-    shards: Any = block.shards
-    config, length = shards[0].self_attn.config, x.shape[1]
+def _attention_probabilities(block: Block, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """[B, H, T, T]. Only Hugging Face's eager attention gives them, and it needs the causal mask."""
+    attention: Any = block.layer.get_submodule("self_attn")
+    config, length = attention.config, x.shape[1]
     mask = torch.full((1, 1, length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
     normed, before = block.norm1(x), config._attn_implementation
     config._attn_implementation = "eager"
     try:
-        return [shard.self_attn(hidden_states=normed, **inputs | {"attention_mask": mask})[1] for shard in shards]
+        probabilities: Tensor = attention(hidden_states=normed, **inputs | {"attention_mask": mask})[1]
+        return probabilities
     finally:
         config._attn_implementation = before
 
@@ -131,13 +131,13 @@ def _cut(order: np.ndarray, size: int) -> Groups:
 @torch.no_grad()
 def mlp_norms(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: int = 8) -> np.ndarray:
     """`V[g, j]` [N, N]: the norm of partition j's MLP outputs, summed over tokens, fed by the attention of rank g."""
-    values = torch.zeros(len(block.shards), len(block.shards), dtype=torch.float64)
+    size = len(block.ranks.local)
+    values = torch.zeros(size, size, dtype=torch.float64)
     for batch in x.split(batch_size):
         partials = block.attention(batch, **inputs)
         for g, u in enumerate(block.mlp_inputs(batch, partials)):
-            normed = block.norm2(u)
-            for j, shard in enumerate(block.shards):
-                values[g, j] += block.family.mlp(shard, normed).norm(dim=-1).sum().item()
+            outputs = block.family.mlp(block.layer, block.norm2(u).expand(size, *u.shape))
+            values[g] += outputs.norm(dim=-1).double().sum((1, 2)).cpu()
     return values.numpy()
 
 

@@ -330,7 +330,7 @@ class _Recovery:
         """The layer's tensors with its heads grouped anew, and what that came to."""
         family, config, n = self.model.family, self.model.config, self.model.tp_size
         _, kv_heads = family.heads(config)
-        batch, cut = self.batch, self.model.cuts[0]
+        batch, cut = self.batch, self.model.cut
         distances = head_grouping.head_distances(block, x, inputs, batch)
         groups = head_grouping.scatter_heads(distances, kv_heads, n, self.seed)
         scattered = head_grouping.permute_heads(tensors, groups, kv_heads, cut)
