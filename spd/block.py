@@ -72,14 +72,26 @@ class Block(nn.Module):
     def attention(self, x: Tensor, split: bool = True, **inputs: Any) -> Tensor:
         """`P_i` of every rank of this process, [n, B, T, D], or their sum, [1, B, T, D], for the block input `X`."""
         layer: Any = self.layer
-        layer.get_submodule(self.family.attention_output).split = len(self.ranks.local) if split else 1
+        self._split(self.family.attention_output, split)
         partials: Tensor = layer.self_attn(hidden_states=self.norm1(x), **inputs)[0]
         return partials
+
+    def mlp(self, x: Tensor, split: bool = False) -> Tensor:
+        """`MLP_i` of every rank of this process, [n, B, T, D], or their sum, [1, B, T, D].
+
+        `x` is what all ranks share, [B, T, D], or each rank's own, [n, B, T, D], after the norm.
+        """
+        self._split(self.family.mlp_output, split)
+        return self.family.mlp(self.layer, x)
+
+    def _split(self, output: str, split: bool) -> None:
+        linear: Any = self.layer.get_submodule(output)
+        linear.split = len(self.ranks.local) if split else 1
 
     def tp(self, x: Tensor, partials: Tensor) -> Tensor:
         """The block's output as tensor parallelism has it, from `X` and `P_i`: two sync points."""
         u = x + _plus(self.ranks.sum(partials), self.attention_bias)
-        return u + _plus(self.ranks.sum(self.family.mlp(self.layer, self.norm2(u))), self.mlp_bias)
+        return u + _plus(self.ranks.sum(self.mlp(self.norm2(u))), self.mlp_bias)
 
     def spd(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
         """The block's output with the sync point after attention dropped, from `X` and `P_i`: one sync point.
@@ -88,10 +100,12 @@ class Block(nn.Module):
         """
         residual = _plus(x, self.attention_bias)
         known = self._with_missing(x, partials, **inputs)
-        pieces = zip(*map(self._pieces, (residual.unsqueeze(0), known, partials)), strict=True)
-        outputs = [_local_sum(self.family.mlp(self.layer, self.norm2(r + k)).add_(p)) for r, k, p in pieces]
-        total = self.ranks.sum(torch.cat(outputs, dim=2).view(1, *x.shape))
-        return residual + _plus(total, self.mlp_bias)
+        pieces = zip(self._pieces(residual.unsqueeze(0)), self._pieces(known), strict=True)
+        outputs = [self.mlp(self.norm2(r + k)) for r, k in pieces]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        # What this process's ranks add up to, whichever is summed first.
+        total = output.view(1, *x.shape) + (partials if len(partials) == 1 else partials.sum(0, keepdim=True))
+        return residual + _plus(self.ranks.sum(total), self.mlp_bias)
 
     def mlp_inputs(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
         """`U_i` [n, B, T, D] of every rank of this process, from `X` and `P_i`."""
@@ -114,10 +128,6 @@ class Block(nn.Module):
         if n == 1 or x.device.type != "cpu":
             return (tokens,)
         return tokens.split(max(1, PIECE // (n * x.shape[-1])), dim=2)
-
-
-def _local_sum(partials: Tensor) -> Tensor:
-    return partials if len(partials) == 1 else partials.sum(0, keepdim=True)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

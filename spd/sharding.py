@@ -156,21 +156,18 @@ class RankRows(nn.Linear):
 class RankColumns(nn.Linear):
     """A linear layer without bias whose input features are cut over `n` ranks, each of which gives a partial result.
 
-    [n, B, T, F/n] -> [n, B, T, D]; [B, T, F] -> the same, or, for a `split` of 1, its sum [1, B, T, D].
+    [B, T, F] or [n, B, T, F/n] -> the partial results [n, B, T, D], or, for a `split` of 1, their sum [1, B, T, D].
     """
 
     split = 1
     """n, or 1 for the sum."""
 
     def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[0] if x.ndim == 4 else self.split
-        if n == 1:
-            y = super().forward(x)
-            return y if x.ndim == 4 else y.unsqueeze(0)
-        shape = x.shape[-3:-1]
-        its = x.flatten(1, 2) if x.ndim == 4 else x.flatten(0, 1).unflatten(-1, (n, -1)).transpose(0, 1)
-        weight = self.weight.unflatten(1, (n, -1)).permute(1, 2, 0)  # [n, F/n, D]
-        return (its @ weight).unflatten(1, shape)
+        if self.split == 1:
+            return super().forward(x if x.ndim == 3 else x.permute(1, 2, 0, 3).flatten(2)).unsqueeze(0)
+        its = x if x.ndim == 4 else x.unflatten(-1, (self.split, -1)).permute(2, 0, 1, 3)
+        weight = self.weight.unflatten(1, (self.split, -1)).permute(1, 2, 0)  # [n, F/n, D]
+        return (its.flatten(1, 2) @ weight).unflatten(1, its.shape[1:3])
 
 
 class BlockReader:

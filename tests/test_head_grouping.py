@@ -177,13 +177,13 @@ def test_attention_is_computed_as_before_afterwards(
 def test_norms_are_of_every_partition_fed_by_every_group(checkpoint: Callable[..., Path], family: str) -> None:
     model, ids = spd.load(checkpoint(family), tp_size=4), tokens(10, 9)
     x, inputs = block_inputs(model, 1, ids)
-    block, row = model.blocks[1], model.family
+    block = model.blocks[1]
     values = head_grouping.mlp_norms(block, x, inputs, 4)
     partials = block.attention(x, **inputs)
     bias = 0.0 if block.attention_bias is None else block.attention_bias
     for g, j in itertools.product(range(4), range(4)):
         fed = block.norm2(x + partials[g] + bias).expand(4, *x.shape)
-        output = row.mlp(block.layer, fed)[j]
+        output = block.mlp(fed, split=True)[j]
         assert values[g, j] == pytest.approx(output.norm(dim=-1).sum().item(), rel=1e-5)
 
 

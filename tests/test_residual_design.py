@@ -106,7 +106,7 @@ def test_designs_are_their_equations(tiny_opt: Path, design: Design, samples: Te
         for rank, v in enumerate(seen):
             whole = mlp.weight.data
             mlp.weight.data = columns_of(whole, rank)
-            mlps.append(model.family.mlp(layer, block.norm2(v))[0])
+            mlps.append(block.mlp(block.norm2(v))[0])
             mlp.weight.data = whole
         if i == 1 or design.attention_residual == "before":
             added = [sum(ps)] * 4

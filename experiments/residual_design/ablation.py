@@ -113,7 +113,7 @@ def tp(block: Block, x: Tensor, partials: Tensor) -> Tensor:
     """Output [R, B, T, D] of a block that is not dropped."""
     u = x + _plus(block.ranks.sum(partials), block.attention_bias)
     normed = block.norm2(u)
-    outputs = block.family.mlp(block.layer, normed[0] if len(u) == 1 else normed)
+    outputs = block.mlp(normed[0] if len(u) == 1 else normed)
     return u + _plus(block.ranks.sum(outputs), block.mlp_bias)
 
 
@@ -121,7 +121,7 @@ def spd_of(design: Design, block: Block, x: Tensor, partials: Tensor) -> Tensor:
     """Output [R or N, B, T, D] of a dropped block of that design."""
     residual = _plus(x, block.attention_bias)
     mlp_inputs = residual + partials if design.mlp_input == "X + P_i + b" else _plus(partials, block.attention_bias)
-    outputs = block.family.mlp(block.layer, block.norm2(mlp_inputs))
+    outputs = block.mlp(block.norm2(mlp_inputs), split=True)
     if design.attention_residual == "before":
         outputs = outputs + partials
     out = residual + _plus(block.ranks.sum(outputs), block.mlp_bias)

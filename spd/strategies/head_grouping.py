@@ -136,7 +136,7 @@ def mlp_norms(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: int =
     for batch in x.split(batch_size):
         partials = block.attention(batch, **inputs)
         for g, u in enumerate(block.mlp_inputs(batch, partials)):
-            outputs = block.family.mlp(block.layer, block.norm2(u).expand(size, *u.shape))
+            outputs = block.mlp(block.norm2(u).expand(size, *u.shape), split=True)
             values[g] += outputs.norm(dim=-1).double().sum((1, 2)).cpu()
     return values.numpy()
 
