@@ -82,3 +82,14 @@ def test_the_engines_numbers_are_its_records_and_within_what_was_asked() -> None
     for row in json.loads((EXPERIMENTS / "engine/loading.json").read_text())["rows"]:
         assert row["peak_over_shard"] <= 1.10
         assert f"{row['peak_over_shard']:.3f}" in readme
+
+
+def test_an_evaluations_throughput_is_its_record_and_what_was_asked() -> None:
+    readme = (EXPERIMENTS / "evaluation/README.md").read_text()
+    record = json.loads((EXPERIMENTS / "evaluation/throughput.json").read_text())
+    for row in record["rows"]:
+        cells = [f"{row[arm]['median']:.2f}" for arm in ("nothing_dropped", "everything_dropped")]
+        shown = f"| {row['model']} | {row['batch_size']} | {row['own_requests_per_s']:.0f} | {' | '.join(cells)} |"
+        assert shown in readme
+        assert min(row[arm]["median"] for arm in ("nothing_dropped", "everything_dropped")) >= 0.7
+    assert {row["model"] for row in record["rows"]} == {"ref_llama", "ref_opt", "ref_qwen2"}
