@@ -5,16 +5,17 @@ heads through its columns of the output projection, b and b2 the output biases o
 present in OPT).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spd.families import Family
 from spd.ranks import Ranks
+from spd.sharding import RankColumns
 from spd.strategies.correction import Correction
 
-PIECE = 2**18
+PIECE = 2**19
 """Numbers of all ranks together in a piece of `Block.spd`, on a CPU."""
 
 
@@ -63,71 +64,85 @@ class Block(nn.Module):
         self.correction = correction
         self.dropped = False
 
+    @property
+    def attention_output(self) -> RankColumns:
+        """The output product of the attention."""
+        return cast(RankColumns, self.layer.get_submodule(self.family.attention_output))
+
+    @property
+    def mlp_output(self) -> RankColumns:
+        """The output product of the MLP."""
+        return cast(RankColumns, self.layer.get_submodule(self.family.mlp_output))
+
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; `inputs` are what Hugging Face gives a layer: mask, positions, cache."""
-        if self.dropped:
-            return self.spd(x, self.attention(x, **inputs), **inputs)
-        return self.tp(x, self.attention(x, split=False, **inputs))
+        heads = self.attention(x, **inputs)
+        return self.spd(x, heads, **inputs) if self.dropped else self.tp(x, heads)
 
-    def attention(self, x: Tensor, split: bool = True, **inputs: Any) -> Tensor:
-        """`P_i` of every rank of this process, [n, B, T, D], or their sum, [1, B, T, D], for the block input `X`."""
+    def attention(self, x: Tensor, **inputs: Any) -> Tensor:
+        """What the heads of this process's ranks give, before the output product: [B, T, n H/N h] for `X`."""
         layer: Any = self.layer
-        self._split(self.family.attention_output, split)
-        partials: Tensor = layer.self_attn(hidden_states=self.norm1(x), **inputs)[0]
-        return partials
+        heads: Tensor = layer.self_attn(hidden_states=self.norm1(x), **inputs)[0]
+        return heads
 
-    def mlp(self, x: Tensor, split: bool = False) -> Tensor:
-        """`MLP_i` of every rank of this process, [n, B, T, D], or their sum, [1, B, T, D].
+    def partials(self, heads: Tensor) -> Tensor:
+        """`P_i` of every rank of this process, [n, B, T, D]."""
+        return self.attention_output.partials(heads, len(self.ranks.local))
 
-        `x` is what all ranks share, [B, T, D], or each rank's own, [n, B, T, D], after the norm.
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP before its output product, of normed inputs that ranks share, [B, T, D], or of each rank's own.
+
+        [B, T, n F/N] or, of [n, B, T, D], [n, B, T, F/N].
         """
-        self._split(self.family.mlp_output, split)
         return self.family.mlp(self.layer, x)
 
-    def _split(self, output: str, split: bool) -> None:
-        linear: Any = self.layer.get_submodule(output)
-        linear.split = len(self.ranks.local) if split else 1
+    def tp(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The block's output as tensor parallelism has it, from `X` and what `attention` gave: two sync points."""
+        u = x + _plus(self.ranks.sum(self.attention_output.total(heads)), self.attention_bias)
+        return u + _plus(self.ranks.sum(self.mlp_output.total(self.mlp(self.norm2(u)))), self.mlp_bias)
 
-    def tp(self, x: Tensor, partials: Tensor) -> Tensor:
-        """The block's output as tensor parallelism has it, from `X` and `P_i`: two sync points."""
-        u = x + _plus(self.ranks.sum(partials), self.attention_bias)
-        return u + _plus(self.ranks.sum(self.mlp(self.norm2(u))), self.mlp_bias)
-
-    def spd(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
-        """The block's output with the sync point after attention dropped, from `X` and `P_i`: one sync point.
+    def spd(self, x: Tensor, heads: Tensor, **inputs: Any) -> Tensor:
+        """The block's output with the sync point after attention dropped: one sync point.
 
         `inputs` are for a correction that looks a token back; without them, `X` are whole sequences without padding.
         """
+        pieces = zip(*map(self._pieces, self._seen(x, heads, **inputs)), strict=True)
+        outputs = [self.mlp_output.total(self.mlp(self.norm2(self._u(*piece)))) for piece in pieces]
+        # sum_i(P_i) + sum_i(MLP_i), over this process's ranks, whose parts the output products add up themselves.
+        local = self.attention_output.total(heads) + torch.cat(outputs, dim=1).view_as(x)
+        return _plus(x, self.attention_bias) + _plus(self.ranks.sum(local), self.mlp_bias)
+
+    def mlp_inputs(self, x: Tensor, heads: Tensor, **inputs: Any) -> Tensor:
+        """`U_i` [n, B, T, D] of every rank of this process."""
+        return self._u(*self._seen(x, heads, **inputs))
+
+    def _seen(self, x: Tensor, heads: Tensor, **inputs: Any) -> list[Tensor]:
+        """What the `U_i` are made of, token by token: see `_u`."""
         residual = _plus(x, self.attention_bias)
-        known = self._with_missing(x, partials, **inputs)
-        pieces = zip(self._pieces(residual.unsqueeze(0)), self._pieces(known), strict=True)
-        outputs = [self.mlp(self.norm2(r + k)) for r, k in pieces]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        # What this process's ranks add up to, whichever is summed first.
-        total = output.view(1, *x.shape) + (partials if len(partials) == 1 else partials.sum(0, keepdim=True))
-        return residual + _plus(self.ranks.sum(total), self.mlp_bias)
-
-    def mlp_inputs(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
-        """`U_i` [n, B, T, D] of every rank of this process, from `X` and `P_i`."""
-        return _plus(x, self.attention_bias) + self._with_missing(x, partials, **inputs)
-
-    def _with_missing(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
-        """`P_i`, with a correction `P_i + M_i`, [n, B, T, D]."""
         if self.correction is None:
-            return partials
-        normed, correction = self.norm1(x), self.correction
-        before = correction.before(normed, inputs.get("position_ids"), inputs.get("past_key_values"))
-        return torch.stack([p + correction(rank, normed, p, before) for rank, p in enumerate(partials)])
+            return [residual, heads]
+        normed = self.norm1(x)
+        before = self.correction.before(normed, inputs.get("position_ids"), inputs.get("past_key_values"))
+        return [residual, heads, normed] if before is None else [residual, heads, normed, before]
+
+    def _u(self, residual: Tensor, heads: Tensor, normed: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+        """`U_i` [n, B, T, D] from `X + b`, what `attention` gave, `norm1(X)` and that of the token before."""
+        partials = self.partials(heads)
+        if self.correction is not None:
+            assert normed is not None
+            with_missing = (p + self.correction(rank, normed, p, before) for rank, p in enumerate(partials))
+            partials = torch.stack(list(with_missing))
+        return residual + partials
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[1 or n, B, T, D] by tokens, [1 or n, 1, t, D]: on a GPU all at once.
+        """[B, T, ...] by tokens, [1, t, ...]: on a GPU all at once.
 
         On a CPU, of many ranks, as many as stay in its cache: fresh memory costs as much as the arithmetic.
         """
-        tokens, n = x.flatten(1, 2).unsqueeze(1), len(self.ranks.local)
+        n, tokens = len(self.ranks.local), x.flatten(0, 1).unsqueeze(0)
         if n == 1 or x.device.type != "cpu":
             return (tokens,)
-        return tokens.split(max(1, PIECE // (n * x.shape[-1])), dim=2)
+        return tokens.split(max(1, PIECE // (n * self.mlp_output.out_features)), dim=1)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

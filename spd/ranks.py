@@ -25,9 +25,9 @@ class VirtualRanks:
         self.size = size
         self.local = list(range(size))
 
-    def sum(self, partials: Tensor) -> Tensor:
-        """Sum [B, T, D] of partial results [1 or N, B, T, D]."""
-        return partials[0] if len(partials) == 1 else partials.sum(0)
+    def sum(self, local: Tensor) -> Tensor:
+        """Sum [B, T, D] over all ranks of what this process's ranks add up to."""
+        return local
 
     def of_first(self, value: T) -> T:
         """What rank 0 has."""
@@ -63,11 +63,10 @@ class ProcessRanks:
         self.local = [dist.get_rank()]
         self.device = device
 
-    def sum(self, partials: Tensor) -> Tensor:
-        """All-reduce of this rank's partial result [1, B, T, D]; for inference (autograd does not see it)."""
-        total = partials[0].clone()
-        dist.all_reduce(total)
-        return total
+    def sum(self, local: Tensor) -> Tensor:
+        """All-reduce, in place, of this rank's partial result [B, T, D]; for inference (autograd does not see it)."""
+        dist.all_reduce(local)
+        return local
 
     def of_first(self, value: T) -> T:
         """What rank 0 has, on every rank: a tensor of the shape that all have, in place, or what JSON can say."""

@@ -155,11 +155,11 @@ def measure_sensitivity(
                 # x is the input of block i behind the blocks that the order wants there; y goes on to the end.
                 y = x
                 for j in range(i, last):
-                    partials = blocks[j].attention(y, **inputs)
+                    heads = blocks[j].attention(y, **inputs)
                     if j == i:
-                        at_x = partials
+                        at_x = heads
                     changed = order == "suffix" or (order == "alone" and j == i)
-                    y = blocks[j].spd(y, partials) if changed else blocks[j].tp(y, partials)
+                    y = blocks[j].spd(y, heads) if changed else blocks[j].tp(y, heads)
                 # One sample at a time, a third quicker: the logits of a batch are larger than all else.
                 loss[i] += sum(next_token_loss(model.head(y[k : k + 1]), ids[k : k + 1]) for k in range(len(ids)))
                 if i < last:

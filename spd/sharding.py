@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from spd.checkpoint import Checkpoint
@@ -154,20 +155,24 @@ class RankRows(nn.Linear):
 
 
 class RankColumns(nn.Linear):
-    """A linear layer without bias whose input features are cut over `n` ranks, each of which gives a partial result.
+    """An output layer without bias, whose input features are cut over `n` ranks: each rank gives a partial result.
 
-    [B, T, F] or [n, B, T, F/n] -> the partial results [n, B, T, D], or, for a `split` of 1, their sum [1, B, T, D].
+    Hugging Face's code calls it and gets its input back. The product is taken by whoever wants it, rank by rank or
+    summed, of the input features of all these ranks, [B, T, F] or [n, B, T, F/n].
     """
 
-    split = 1
-    """n, or 1 for the sum."""
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.split == 1:
-            return super().forward(x if x.ndim == 3 else x.permute(1, 2, 0, 3).flatten(2)).unsqueeze(0)
-        its = x if x.ndim == 4 else x.unflatten(-1, (self.split, -1)).permute(2, 0, 1, 3)
-        weight = self.weight.unflatten(1, (self.split, -1)).permute(1, 2, 0)  # [n, F/n, D]
+        return x
+
+    def partials(self, x: Tensor, n: int) -> Tensor:
+        """[n, B, T, D]."""
+        its = x if x.ndim == 4 else x.unflatten(-1, (n, -1)).permute(2, 0, 1, 3)
+        weight = self.weight.unflatten(1, (n, -1)).permute(1, 2, 0)  # [n, F/n, D]
         return (its.flatten(1, 2) @ weight).unflatten(1, its.shape[1:3])
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the partial results, [B, T, D]."""
+        return F.linear(x if x.ndim == 3 else x.permute(1, 2, 0, 3).flatten(2), self.weight)
 
 
 class BlockReader:

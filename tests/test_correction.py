@@ -26,7 +26,7 @@ SHIFT = CorrectionConfig(CorrectionKind.shift, rank=8)
 @torch.no_grad()
 def features(block: Block, x: Tensor, inputs: dict[str, Any], rank: int) -> tuple[dict[str, Tensor], Tensor]:
     """`norm1(X)`, `P_i` and `norm1(X)` of the token before, and what rank `i` lacks, all [B, T, D]."""
-    partials, normed = block.attention(x, **inputs), block.norm1(x)
+    partials, normed = block.partials(block.attention(x, **inputs)), block.norm1(x)
     before = F.pad(normed, (0, 0, 1, 0))[:, :-1]
     missing = torch.stack([p for j, p in enumerate(partials) if j != rank]).sum(0)
     return {"x": normed, "p": partials[rank], "b": before}, missing
@@ -127,8 +127,8 @@ def test_the_missing_attention_itself_makes_the_dropped_block_the_tp_block(
     x, inputs = block_inputs(model, 1, tokens(2, 9))
     fix = Correction({"constant": torch.zeros(tp_size, 32)})
     block = model.read_block(1, correction=fix)
-    total = block.attention(x, **inputs).sum(0)
-    monkeypatch.setattr(fix, "forward", lambda rank, normed, partial, before: total - partial)
+    total = block.partials(block.attention(x, **inputs)).sum(0)
+    monkeypatch.setattr(fix, "forward", lambda rank, normed, partial, before: total.view_as(partial) - partial)
     block.dropped = True
     assert_same(block(x, **inputs), teacher(model.blocks[1], x, inputs))
 
@@ -157,11 +157,12 @@ def test_full_rank_is_exact_where_attention_is_linear_in_the_features(
         normed = model.blocks[1].norm1(x)
         before = F.pad(normed, (0, 0, 1, 0))[:, :-1] if "b" in seen else torch.zeros_like(normed)
         shifted = before.flip(-1)
-        return torch.stack([F.linear(normed, a) + F.linear(shifted, b) for a, b in zip(*maps, strict=True)])
+        return torch.cat([F.linear(normed, a) + F.linear(shifted, b) for a, b in zip(*maps, strict=True)], dim=-1)
 
     def block(fix: Correction | None = None) -> Block:
         made = model.read_block(1, correction=fix)
         monkeypatch.setattr(made, "attention", linear_attention)
+        made.attention_output.weight.data = torch.eye(32).repeat(1, 4)  # each rank's heads are its P_i
         return made
 
     fix = fit(block(), x, inputs, CorrectionConfig(kind, rank=32, ridge=1e-9))

@@ -179,11 +179,10 @@ def test_norms_are_of_every_partition_fed_by_every_group(checkpoint: Callable[..
     x, inputs = block_inputs(model, 1, ids)
     block = model.blocks[1]
     values = head_grouping.mlp_norms(block, x, inputs, 4)
-    partials = block.attention(x, **inputs)
+    partials = block.partials(block.attention(x, **inputs))
     bias = 0.0 if block.attention_bias is None else block.attention_bias
     for g, j in itertools.product(range(4), range(4)):
-        fed = block.norm2(x + partials[g] + bias).expand(4, *x.shape)
-        output = block.mlp(fed, split=True)[j]
+        output = block.mlp_output.partials(block.mlp(block.norm2(x + partials[g] + bias)), 4)[j]
         assert values[g, j] == pytest.approx(output.norm(dim=-1).sum().item(), rel=1e-5)
 
 

@@ -39,10 +39,11 @@ def test_the_methods_design_is_spds_own_block(
     model = spd.load(checkpoint(family), tp_size=tp_size)
     x, inputs = model.embed(input_ids)
     for block in model.blocks:
-        partials, ranks = block.attention(x, **inputs), x.unsqueeze(0)
+        heads, ranks = block.attention(x, **inputs), x.unsqueeze(0)
+        partials = block.partials(heads)
         torch.testing.assert_close(attention(block, ranks, inputs), partials)
-        torch.testing.assert_close(spd_of(METHOD, block, ranks, partials), block.spd(x, partials).unsqueeze(0))
-        torch.testing.assert_close(tp(block, ranks, partials), block.tp(x, partials).unsqueeze(0))
+        torch.testing.assert_close(spd_of(METHOD, block, ranks, partials), block.spd(x, heads).unsqueeze(0))
+        torch.testing.assert_close(tp(block, ranks, partials), block.tp(x, heads).unsqueeze(0))
 
 
 def test_the_methods_perplexities_are_spds_own(checkpoint: Callable[..., Path], family: str, samples: Tensor) -> None:
@@ -94,7 +95,7 @@ def test_designs_are_their_equations(tiny_opt: Path, design: Design, samples: Te
         for rank, own in enumerate(xs):  # by the whole layer, with the other ranks' columns masked
             whole = heads.weight.data
             heads.weight.data = columns_of(whole, rank)
-            ps.append(block.attention(own, split=False, **inputs)[0])
+            ps.append(block.attention_output.total(block.attention(own, **inputs)))
             heads.weight.data = whole
         if i == 1:
             seen = [x + sum(ps) + b for x in xs]
@@ -106,7 +107,7 @@ def test_designs_are_their_equations(tiny_opt: Path, design: Design, samples: Te
         for rank, v in enumerate(seen):
             whole = mlp.weight.data
             mlp.weight.data = columns_of(whole, rank)
-            mlps.append(block.mlp(block.norm2(v))[0])
+            mlps.append(block.mlp_output.total(block.mlp(block.norm2(v))))
             mlp.weight.data = whole
         if i == 1 or design.attention_residual == "before":
             added = [sum(ps)] * 4

@@ -105,26 +105,26 @@ def last_outputs(
 def attention(block: Block, x: Tensor, inputs: dict[str, Any]) -> Tensor:
     """`P_i` [N, B, T, D] of every rank from hidden states [R, B, T, D]."""
     if len(x) == 1:
-        return block.attention(x[0], **inputs)
-    return torch.stack([block.attention(its, **inputs)[i] for i, its in enumerate(x)])
+        return block.partials(block.attention(x[0], **inputs))
+    return torch.stack([block.partials(block.attention(its, **inputs))[i] for i, its in enumerate(x)])
 
 
 def tp(block: Block, x: Tensor, partials: Tensor) -> Tensor:
     """Output [R, B, T, D] of a block that is not dropped."""
-    u = x + _plus(block.ranks.sum(partials), block.attention_bias)
+    u = x + _plus(partials.sum(0), block.attention_bias)
     normed = block.norm2(u)
-    outputs = block.mlp(normed[0] if len(u) == 1 else normed)
-    return u + _plus(block.ranks.sum(outputs), block.mlp_bias)
+    output = block.mlp_output.total(block.mlp(normed[0] if len(u) == 1 else normed))
+    return u + _plus(output, block.mlp_bias)
 
 
 def spd_of(design: Design, block: Block, x: Tensor, partials: Tensor) -> Tensor:
     """Output [R or N, B, T, D] of a dropped block of that design."""
     residual = _plus(x, block.attention_bias)
     mlp_inputs = residual + partials if design.mlp_input == "X + P_i + b" else _plus(partials, block.attention_bias)
-    outputs = block.mlp(block.norm2(mlp_inputs), split=True)
+    output = block.mlp_output.total(block.mlp(block.norm2(mlp_inputs)))
     if design.attention_residual == "before":
-        outputs = outputs + partials
-    out = residual + _plus(block.ranks.sum(outputs), block.mlp_bias)
+        output = output + partials.sum(0)
+    out = residual + _plus(output, block.mlp_bias)
     return out + partials if design.attention_residual == "after" else out
 
 

@@ -141,7 +141,7 @@ def fit(
     """
     moments = _Moments(settings.kind, len(block.ranks.local), x.shape[-1], x.device)
     for batch in x.split(batch_size):
-        partials = block.attention(batch, **inputs)
+        partials = block.partials(block.attention(batch, **inputs))
         normed = block.norm1(batch)
         before = torch.cat([torch.zeros_like(normed[:, :1]), normed[:, :-1]], dim=1)
         moments.add({"x": normed, "b": before}, partials)

@@ -134,9 +134,8 @@ def mlp_norms(block: Block, x: Tensor, inputs: dict[str, Any], batch_size: int =
     size = len(block.ranks.local)
     values = torch.zeros(size, size, dtype=torch.float64)
     for batch in x.split(batch_size):
-        partials = block.attention(batch, **inputs)
-        for g, u in enumerate(block.mlp_inputs(batch, partials)):
-            outputs = block.mlp(block.norm2(u).expand(size, *u.shape), split=True)
+        for g, u in enumerate(block.mlp_inputs(batch, block.attention(batch, **inputs))):
+            outputs = block.mlp_output.partials(block.mlp(block.norm2(u)), size)
             values[g] += outputs.norm(dim=-1).double().sum((1, 2)).cpu()
     return values.numpy()
 
