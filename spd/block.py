@@ -107,17 +107,24 @@ class Block(nn.Module):
         `inputs` are for a correction that looks a token back; without them, `X` are whole sequences without padding.
         """
         pieces = zip(*map(self._pieces, self._seen(x, heads, **inputs)), strict=True)
-        outputs = [self.mlp_output.total(self.mlp(self.norm2(self._u(*piece)))) for piece in pieces]
-        # sum_i(P_i) + sum_i(MLP_i), over this process's ranks, whose parts the output products add up themselves.
-        local = self.attention_output.total(heads) + torch.cat(outputs, dim=1).view_as(x)
-        return _plus(x, self.attention_bias) + _plus(self.ranks.sum(local), self.mlp_bias)
+        outputs = [self._spd_local(*piece) for piece in pieces]
+        local = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return _plus(x, self.attention_bias) + _plus(self.ranks.sum(local.view_as(x)), self.mlp_bias)
+
+    def _spd_local(self, residual: Tensor, heads: Tensor, *known: Tensor) -> Tensor:
+        """`sum_i(P_i + MLP_i(norm2(U_i)))` [B, T, D] over this process's ranks, from what `_seen` gives."""
+        partials = self.partials(heads)
+        output = self.mlp_output.total(self.mlp(self.norm2(self._u(residual, partials, *known))))
+        return output + (partials[0] if len(partials) == 1 else partials.sum(0))
 
     def mlp_inputs(self, x: Tensor, heads: Tensor, **inputs: Any) -> Tensor:
         """`U_i` [n, B, T, D] of every rank of this process."""
-        return self._u(*self._seen(x, heads, **inputs))
+        residual, _, *known = self._seen(x, heads, **inputs)
+        return self._u(residual, self.partials(heads), *known)
 
     def _seen(self, x: Tensor, heads: Tensor, **inputs: Any) -> list[Tensor]:
-        """What the `U_i` are made of, token by token: see `_u`."""
+        """What a dropped block goes by, token by token: `X + b`, heads, and for a correction `norm1(X)`, also of the
+        token before if it looks there."""
         residual = _plus(x, self.attention_bias)
         if self.correction is None:
             return [residual, heads]
@@ -125,9 +132,10 @@ class Block(nn.Module):
         before = self.correction.before(normed, inputs.get("position_ids"), inputs.get("past_key_values"))
         return [residual, heads, normed] if before is None else [residual, heads, normed, before]
 
-    def _u(self, residual: Tensor, heads: Tensor, normed: Tensor | None = None, before: Tensor | None = None) -> Tensor:
-        """`U_i` [n, B, T, D] from `X + b`, what `attention` gave, `norm1(X)` and that of the token before."""
-        partials = self.partials(heads)
+    def _u(
+        self, residual: Tensor, partials: Tensor, normed: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor:
+        """`U_i` [n, B, T, D]."""
         if self.correction is not None:
             assert normed is not None
             with_missing = (p + self.correction(rank, normed, p, before) for rank, p in enumerate(partials))

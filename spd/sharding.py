@@ -166,6 +166,8 @@ class RankColumns(nn.Linear):
 
     def partials(self, x: Tensor, n: int) -> Tensor:
         """[n, B, T, D]."""
+        if n == 1:
+            return self.total(x).unsqueeze(0)
         its = x if x.ndim == 4 else x.unflatten(-1, (n, -1)).permute(2, 0, 1, 3)
         weight = self.weight.unflatten(1, (n, -1)).permute(1, 2, 0)  # [n, F/n, D]
         return (its.flatten(1, 2) @ weight).unflatten(1, its.shape[1:3])
