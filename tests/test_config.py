@@ -110,6 +110,8 @@ def test_quickstart_sweeps_seven_fractions_without_being_told_to() -> None:
         ("data.sequence_length=1", ["data.sequence_length=1", "2 tokens"]),
         ("data.path=nowhere.txt", ["data.path='nowhere.txt'", "does not exist"]),
         ("eval.limit=0", ["eval.limit=0", "null for all"]),
+        ("eval.batch_size=0", ["eval.batch_size=0", "1 or more, or auto"]),
+        ("eval.batch_size=most", ["eval.batch_size=most", "1 or more, or auto"]),
         ("eval.tasks=[own_task,own_task]", ["own_task twice"]),
         ("eval.data_root=nowhere", ["eval.data_root='nowhere'", "does not exist"]),
         ("eval.include_path=nowhere", ["eval.include_path='nowhere'", "does not exist"]),

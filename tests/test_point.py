@@ -289,13 +289,17 @@ def test_blocks_treated_with_longer_samples_are_other_ones(config: RunConfig, ru
     assert lengths == [[16, 16], [16, 8]]
 
 
-def test_accuracy_comes_from_the_tasks_of_the_folder(config: RunConfig, run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [32, "auto"])
+def test_accuracy_comes_from_the_tasks_of_the_folder(
+    config: RunConfig, run: Any, tmp_path: Path, batch_size: int | str
+) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
     items = [{"question": f"word{i}", "choices": ["word1", "word2"], "answer": i % 2} for i in range(12)]
     (folder / "words.jsonl").write_text("\n".join(map(json.dumps, items)))
     (folder / "tiny_words.yaml").write_text(TASK.format(folder=folder))
     config.eval.tasks, config.eval.include_path = ["tiny_words"], str(folder)
+    config.eval.batch_size = batch_size
     accuracy = run(config)["accuracy"]
     assert accuracy["tasks"]["tiny_words"]["items"] == 12
     assert 0 <= accuracy["mean"]["value"] <= 1
