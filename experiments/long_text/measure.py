@@ -48,7 +48,7 @@ def losses(model: TensorParallelLM, windows: Tensor, batch_size: int = 8) -> Ten
 
 
 @torch.inference_mode()
-def continuations(model: TensorParallelLM, prompts: Tensor, tokens: int, batch_size: int = 16) -> Tensor:
+def continuations(model: TensorParallelLM, prompts: Tensor, tokens: int, batch_size: int = 128) -> Tensor:
     """Greedy continuations [S, tokens] of prompts [S, T], which no end of text ends."""
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     parts = prompts.to(model.device).split(batch_size)
@@ -122,10 +122,11 @@ if __name__ == "__main__":
     parser.add_argument("--record", type=Path, help="a CSV file, in which the model's rows are replaced")
     options = vars(parser.parse_args())
     record = options.pop("record")
-    table = pd.DataFrame(measure(options.pop("model"), **options))
-    print(table.to_string(index=False))
+    name = options.pop("model")
+    others = pd.read_csv(record).query("model != @name") if record and record.exists() else pd.DataFrame()
+    rows = []
+    for row in measure(name, **options):
+        print(*row.values(), flush=True)
+        rows.append(row)
     if record:
-        if record.exists():
-            before = pd.read_csv(record)
-            table = pd.concat([before[~before["model"].isin(table["model"])], table])
-        table.to_csv(record, index=False)
+        pd.concat([others, pd.DataFrame(rows)]).to_csv(record, index=False)
