@@ -135,7 +135,8 @@ class Block(nn.Module):
     def _u(
         self, residual: Tensor, partials: Tensor, normed: Tensor | None = None, before: Tensor | None = None
     ) -> Tensor:
-        """`U_i` [n, B, T, D]."""
+        """`U_i` [n, B, T, D] from `X + b` [B, T, D], the partial sums `P_i`
+        [n, B, T, D], and for a correction `norm1(X)` [B, T, D] and that of the token before."""
         if self.correction is not None:
             assert normed is not None
             with_missing = (p + self.correction(rank, normed, p, before) for rank, p in enumerate(partials))
