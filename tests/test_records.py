@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.long_text.draw import ends
 from experiments.recovery.compare import difference
 from experiments.recovery.draw import everything_dropped, over_seeds
 from spd.figures import read_points
@@ -57,6 +58,20 @@ def test_differences_are_paired_by_item() -> None:
     mean, stderr = difference({"a": "1 0", "b": "0 1 1"}, {"a": "0 0", "b": "0 0 0"})
     assert mean == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert stderr == pytest.approx(math.hypot(1 / 2, 1 / 3) / 2)
+
+
+def test_long_texts_table_is_what_its_rows_say() -> None:
+    folder = EXPERIMENTS / "long_text"
+    assert ends(pd.read_csv(folder / "long_text.csv")) in (folder / "README.md").read_text()
+
+
+def test_a_loss_after_the_final_norm_brings_ref_qwen2_no_closer_than_the_readme_says() -> None:
+    points = pd.read_csv(EXPERIMENTS / "recovery/ref_qwen2_after_final_norm.csv")
+    full = points[(points["drop"] == 1) & (points["strategy"] == "zs_correction_b2b")]
+    assert (full.groupby("tp_size")["seed"].nunique() == 3).all()
+    readme = (EXPERIMENTS / "recovery/README.md").read_text()
+    for part in full.groupby("tp_size")[["to_dense", "to_dense_stderr"]].mean().itertuples():
+        assert f"{-100 * part.to_dense:.1f} ± {100 * part.to_dense_stderr:.1f}" in readme
 
 
 def test_one_block_of_the_70b_shape_distils_within_60_gb() -> None:

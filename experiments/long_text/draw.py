@@ -17,30 +17,31 @@ PANELS = {
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """A column a model and drop fraction, a row a measure; bands are one standard error over windows."""
-    columns = list(rows[rows["strategy"] != "dense"].groupby(["model", "drop"]).groups)
-    figure = Figure(figsize=(4.2 * len(columns), 3.2 * len(PANELS)), layout="constrained")
+    """A column a model, a row a measure, of one drop fraction; bands are one standard error over windows."""
+    models = list(rows["model"].unique())
+    strategies = list(rows["strategy"].unique())
+    figure = Figure(figsize=(4.2 * len(models), 2.9 * len(PANELS)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(PANELS), len(columns), squeeze=False, sharey="row")
-    strategies = [name for name in rows["strategy"].unique() if name != "dense"]
-    for column, (model, drop) in enumerate(columns):
-        part = rows[(rows["model"] == model) & (rows["drop"] == drop)]
-        panels[0, column].set_title(f"{model}, {100 * drop:g} % of the blocks dropped", fontsize=10)
-        for row, (what, (x, y)) in enumerate(PANELS.items()):
+    panels = figure.subplots(len(PANELS), len(models), squeeze=False, sharey="row")
+    for row, (what, (x, y)) in enumerate(PANELS.items()):
+        measured = rows[rows["what"] == what]
+        panels[row, 0].set_ylabel(y)
+        for column, model in enumerate(models):
             axes = panels[row, column]
             for k, strategy in enumerate(strategies):
-                line = part[(part["what"] == what) & (part["strategy"] == strategy)].sort_values("position")
+                line = measured[(measured["model"] == model) & (measured["strategy"] == strategy)]
                 style = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4}
                 axes.plot(line["position"], line["value"], **style, label=strategy)
                 band = (line["value"] - line["stderr"], line["value"] + line["stderr"])
                 axes.fill_between(line["position"], *band, color=COLOURS[k], alpha=0.2, linewidth=0)
+            axes.set_title(model if row == 0 else "", fontsize=10)
+            axes.set_xlabel(x)
             axes.grid(color="#e5e5e5")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set_xlabel(x)
             if what == "loss_difference":
                 axes.axhline(0, color="#555555", linewidth=0.8)
-            if column == 0:
-                axes.set_ylabel(y)
+            if what == "same":  # as far as any continuation goes on
+                axes.set_xlim(0, measured.loc[measured["value"] > 0.002, "position"].max() + 32)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(strategies), frameon=False)
     figure.savefig(path, dpi=110)
@@ -52,7 +53,7 @@ def ends(rows: pd.DataFrame) -> str:
         "| model | strategy | loss above dense, first, last tokens | next token | still the same |",
         "|---" * 5 + "|",
     ]
-    full = rows[rows["drop"] == rows["drop"].max()].sort_values("position")
+    full = rows[rows["drop"] == rows["drop"].max()]
     for (model, strategy), part in full.groupby(["model", "strategy"], sort=False):
         cells = []
         for what in PANELS:
@@ -64,5 +65,6 @@ def ends(rows: pd.DataFrame) -> str:
 
 if __name__ == "__main__":
     table = pd.read_csv(HERE / "long_text.csv")
-    draw(table, HERE / "long_text.png")
+    for drop, part in table[table["strategy"] != "dense"].groupby("drop"):
+        draw(part, HERE / f"long_text_{100 * drop:g}.png")
     print(ends(table))
