@@ -52,8 +52,10 @@ def checkpoint(shape: dict[str, Any], length: int, folder: Path, device: str) ->
     return folder
 
 
-def measure(small: bool, device: str, epochs: int, batch_size: int, strategy: str) -> dict:
+def measure(small: bool, device: str, epochs: int, batch_size: int, strategy: str, limit_gb: float | None) -> dict:
     """Peak memory, seconds an epoch, and the losses."""
+    if limit_gb is not None:
+        torch.cuda.set_per_process_memory_fraction(limit_gb * 1e9 / torch.cuda.mem_get_info()[1])
     shape, tokens, samples = (SMALL, 64, 16) if small else (LLAMA2_70B, TOKENS, SAMPLES)
     heldout = 2 if small else HELDOUT
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +85,7 @@ def measure(small: bool, device: str, epochs: int, batch_size: int, strategy: st
         "strategy": strategy,
         "samples": [samples, tokens],
         "batch_size": batch_size,
+        "limit_gb": limit_gb,
         "peak_memory_gb": peak,
         "peak_reserved_gb": reserved,
         # The first also reads and embeds, runs the original block and judges it.
@@ -99,9 +102,12 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=DistillationConfig.batch_size)
     parser.add_argument("--strategy", default="zs_b2b")
+    parser.add_argument("--limit-gb", type=float, help="what the allocator may reserve; beyond it, out of memory")
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    found = measure(options.small, options.device, options.epochs, options.batch_size, options.strategy)
+    found = measure(
+        options.small, options.device, options.epochs, options.batch_size, options.strategy, options.limit_gb
+    )
     print(json.dumps({name: found[name] for name in ("peak_memory_gb", "epoch_s", "outcome")}, indent=1))
     if options.record:
         options.record.write_text(json.dumps(found, indent=1) + "\n")

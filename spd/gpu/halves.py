@@ -1,0 +1,228 @@
+"""The two halves of a block, on one rank, as two functions of fused weights; what is between them is summed over ranks.
+
+    attention   X = R + S          P_i = attention of rank i's heads
+    mlp         U   = X + b + P    R = U + b2          S_i = MLP_i(norm2(U))           TP, P = sum_i(P_i)
+                U_i = X + b + P_i  R = X + b + b2      S_i = P_i + MLP_i(norm2(U_i))   SPD
+
+A block hands on the residual `R`, which all ranks have, and the sum `S` over ranks of the `S_i`; the next one adds
+them, so that additions and norm become one kernel. The equations are those of `spd.block.Block`. Every tensor comes as
+an argument: compiled once, a function serves all blocks.
+
+Legend: B batch, T tokens, C cache length, D hidden size, H query heads, K key/value heads, h head size, F MLP width,
+N ranks.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from spd.families import Family
+from spd.sharding import Kind
+
+
+class Weights(NamedTuple):
+    """One rank's part of a block."""
+
+    norm1: Tensor
+    norm1_bias: Tensor | None
+    qkv: Tensor
+    """[(H + 2 K) h / N, D]"""
+    qkv_bias: Tensor | None
+    attention_output: Tensor
+    """[D, H h / N]"""
+    attention_bias: Tensor | None
+    """b [D], whole"""
+    norm2: Tensor
+    norm2_bias: Tensor | None
+    mlp_input: Tensor
+    """[F / N, D], or gate above up, [2 F / N, D]"""
+    mlp_input_bias: Tensor | None
+    mlp_output: Tensor
+    """[D, F / N]"""
+    mlp_bias: Tensor | None
+    """b2 [D], whole"""
+
+    @classmethod
+    def of(cls, layer: nn.Module, family: Family, biases: dict[Kind, nn.Parameter]) -> "Weights":
+        """Fuses what `spd.sharding.BlockReader` read of one rank."""
+
+        def joined(names: tuple[str, ...], leaf: str) -> Tensor | None:
+            parts = [getattr(layer.get_submodule(name), leaf) for name in names]
+            return None if parts[0] is None else torch.cat([part.data for part in parts])
+
+        def norm(name: str) -> tuple[Tensor, Tensor | None]:
+            module = layer.get_submodule(name)
+            bias = getattr(module, "bias", None)
+            return module.weight.data, None if bias is None else bias.data  # type: ignore[union-attr, return-value]
+
+        def whole(kind: Kind) -> Tensor | None:
+            return biases[kind].data if kind in biases else None
+
+        qkv = (family.query, *family.key_value)
+        fused = [(joined(names, "weight"), joined(names, "bias")) for names in (qkv, family.mlp_input)]
+        outputs = [layer.get_submodule(name).weight.data for name in (family.attention_output, family.mlp_output)]
+        (qkv_weight, qkv_bias), (mlp_weight, mlp_bias) = fused
+        assert qkv_weight is not None and mlp_weight is not None
+        return cls(
+            *norm(family.attention_norm),
+            qkv_weight,
+            qkv_bias,
+            outputs[0],  # type: ignore[arg-type]
+            whole("attention_output"),
+            *norm(family.mlp_norm),
+            mlp_weight,
+            mlp_bias,
+            outputs[1],  # type: ignore[arg-type]
+            whole("mlp_output"),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """What a decoding step reads at least."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self if tensor is not None)
+
+
+class Stage(NamedTuple):
+    """The functions of prefill, or of decoding."""
+
+    attention: Callable[..., tuple[Tensor, Tensor]]
+    tp_mlp: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
+    spd_mlp: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
+
+
+class Halves:
+    """The functions of one architecture.
+
+    Args:
+        family, config: what the model is.
+        compiled: by torch.compile; otherwise as they are written.
+    """
+
+    def __init__(self, family: Family, config: PretrainedConfig, *, compiled: bool) -> None:
+        settings: Any = config
+        heads, kv_heads = family.heads(config)
+        self.head_size = getattr(config, "head_dim", None) or settings.hidden_size // heads
+        self.group = heads // kv_heads
+        self.gated = len(family.mlp_input) == 2
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[
+            settings.hidden_act if self.gated else settings.activation_function
+        ]
+        self.eps = getattr(config, "rms_norm_eps", 1e-5)
+
+        def stage(attention: Callable, options: dict[str, Any]) -> Stage:
+            functions = (attention, self._tp_mlp, self._spd_mlp)
+            if compiled:
+                functions = tuple(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in functions)
+            return Stage(*functions)
+
+        self.prefill = stage(self._prefill_attention, {})
+        # One token is products of a matrix and a vector, which then become Triton kernels, fused with what follows.
+        self.decode = stage(self._decode_attention, {"coordinate_descent_tuning": True})
+        self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """RMSNorm, or LayerNorm where there is a bias."""
+        if bias is not None:
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def _qkv(
+        self, residual: Tensor, summed: Tensor, w: Weights, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """X [B, T, D], queries [B, H/N, T, h], keys and values [B, K/N, T, h]."""
+        x = residual + summed
+        qkv = F.linear(self.norm(x, w.norm1, w.norm1_bias), w.qkv, w.qkv_bias).unflatten(-1, (-1, self.head_size))
+        queries = w.attention_output.shape[1] // self.head_size
+        rest = (qkv.shape[2] - queries) // 2
+        q, k, v = (part.transpose(1, 2) for part in qkv.split([queries, rest, rest], dim=2))
+        if rope is not None:
+            q, k = (_rotated(part, *rope) for part in (q, k))
+        return x, q, k, v
+
+    def _prefill_attention(
+        self,
+        residual: Tensor,
+        summed: Tensor,
+        w: Weights,
+        rope: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`X` and `P_i` [B, T, D] of the prompt; fills the cache [B, K/N, C, h] from its beginning."""
+        x, q, k, v = self._qkv(residual, summed, w, rope)
+        keys[:, :, : k.shape[2]] = k
+        values[:, :, : v.shape[2]] = v
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return x, F.linear(heads.transpose(1, 2).flatten(2), w.attention_output)
+
+    def _decode_attention(
+        self,
+        residual: Tensor,
+        summed: Tensor,
+        w: Weights,
+        rope: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`X` and `P_i` [B, 1, D] of the token at `position` [1]; `mask` [C] is True up to it."""
+        x, q, k, v = self._qkv(residual, summed, w, rope)
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        # One query a head is no work for an attention kernel: products and softmax become two reductions.
+        of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
+        scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * self.head_size**-0.5  # [B, K/N, G, C]
+        shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(x.dtype)  # [B, K/N, G, h]
+        return x, F.linear(heads.flatten(1).unsqueeze(1), w.attention_output)
+
+    def _inner(self, u: Tensor, w: Weights) -> Tensor:
+        """The MLP of `U` before its output product, [B, T, F/N]."""
+        inner = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
+        if not self.gated:
+            return self.activation(inner)
+        gate, up = inner.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def _tp_mlp(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """`R` and `S_i` [B, T, D] of a TP block, from `X` and the sum of the `P_i`."""
+        u = _plus(x + attended, w.attention_bias)
+        return _plus(u, w.mlp_bias), F.linear(self._inner(u, w), w.mlp_output)
+
+    def _spd_mlp(self, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """`R` [B, T, D] of an SPD block and its MLP before the output product, from `X` and `P_i`; see `add_output`."""
+        known = _plus(x, w.attention_bias)
+        return _plus(known, w.mlp_bias), self._inner(known + partial, w)
+
+    @staticmethod
+    def add_output(partial: Tensor, inner: Tensor, w: Weights) -> Tensor:
+        """`S_i` of an SPD block in the place of `P_i`.
+
+        Not compiled: in place, the product's kernel adds `P_i` itself, where compiled code would take a kernel more.
+        """
+        partial.flatten(0, 1).addmm_(inner.flatten(0, 1), w.mlp_output.T)
+        return partial
+
+    def _last(
+        self, residual: Tensor, summed: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] of the last token, and the likeliest token [B, 1]."""
+        logits = F.linear(self.norm((residual + summed)[:, -1], weight, bias), head)
+        return logits, logits.argmax(-1, keepdim=True)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [B, heads, T, h] by [T, h]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

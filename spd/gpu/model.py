@@ -1,0 +1,196 @@
+"""One rank's part of a model with static caches, whose prefill and decoding step run as CUDA graphs.
+
+Embedding, head and greedy choice are whole on every rank and belong to every forward, so a replay takes what a serving
+engine takes from token ids to the next token.
+
+Legend: B batch, T prompt tokens, C cache length, D hidden size, K key/value heads, h head size, N ranks, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from spd.checkpoint import Checkpoint
+from spd.families import Family
+from spd.gpu.all_reduce import AllReduce
+from spd.gpu.halves import Halves, Weights
+from spd.sharding import BlockReader, Cut, InCheckpoint, Source
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is timed: which blocks are dropped, and, for the ceilings, which all-reduces are left out altogether."""
+
+    dropped: frozenset[int] = frozenset()
+    attention_all_reduce: bool = True
+    """False leaves out the one after attention in all blocks: faster than any plan, and not a model one can use."""
+    mlp_all_reduce: bool = True
+    """False leaves out the other one as well."""
+
+
+class RandomLayer:
+    """A `spd.sharding.Source` of one layer's tensors with random numbers, made on the device slice by slice.
+
+    Norms scale by one and biases are zero, so that activations stay of order one through any number of blocks.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size], seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shapes, self.dtype, self.device = shapes, dtype, device
+        self.random = torch.Generator(device).manual_seed(seed)
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """The given rows and columns of a tensor that never exists as a whole."""
+        whole = self.shapes[name]
+        parts = (rows, slice(None) if columns is None else columns)
+        shape = [len(range(*part.indices(size))) for part, size in zip(parts, whole, strict=False)]
+        made = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if len(shape) == 1:
+            return made.fill_(0.0 if name.endswith("bias") else 1.0)
+        return made.normal_(0.0, 0.02, generator=self.random)
+
+
+class GraphModel:
+    """One rank of a model for one batch size, prompt length and cache length.
+
+    Args:
+        config, family: what the model is.
+        tp_size, rank: N, and which of the ranks this is.
+        checkpoint: where its weights are; None for random ones, for which the config alone is needed.
+        batch_size, prompt_length, cache_length: B, T and C; C >= T.
+        all_reduce: the sum over ranks; None if there is one rank, or to time a rank by itself.
+        dtype, device: of weights and activations.
+        compiled: half blocks by torch.compile.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        family: Family,
+        tp_size: int,
+        rank: int,
+        *,
+        checkpoint: Checkpoint | None = None,
+        batch_size: int = 1,
+        prompt_length: int = 128,
+        cache_length: int = 512,
+        all_reduce: AllReduce | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+        compiled: bool = True,
+    ) -> None:
+        self.device, self.dtype, self.all_reduce = torch.device(device), dtype, all_reduce
+        settings: Any = config
+        self.num_blocks = settings.num_hidden_layers
+        self.halves = Halves(family, config, compiled=compiled)
+        with torch.device("meta"):
+            whole: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
+        kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
+        shape = (batch_size, kv_heads // self.halves.head_size, cache_length, self.halves.head_size)
+        self.cache = [[torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv"] for _ in self.blocks]
+        self.prompt = torch.zeros(batch_size, prompt_length, dtype=torch.long, device=self.device)
+        """Token ids [B, T] that prefill reads."""
+        self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
+        """The last token chosen, [B, 1], that a decoding step reads and replaces."""
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        """Where in the sequence that token stands; prefill sets it, a decoding step moves it on."""
+        self.logits = torch.zeros(batch_size, settings.vocab_size, dtype=dtype, device=self.device)
+        """Logits [B, V] that `token` was chosen by."""
+        self._columns = torch.arange(cache_length, device=self.device)
+
+    @torch.no_grad()
+    def _read(
+        self, whole: Any, config: PretrainedConfig, family: Family, cut: Cut, checkpoint: Checkpoint | None
+    ) -> None:
+        decoder = whole.get_submodule(family.decoder)
+        names = {id(parameter): name for name, parameter in whole.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in decoder.layers[0].named_parameters()}
+        outside = RandomLayer({n: p.shape for n, p in whole.named_parameters()}, -1, self.dtype, self.device)
+
+        def tensor(parameter: Tensor) -> Tensor:
+            name = names[id(parameter)]
+            source = outside if checkpoint is None else checkpoint
+            return source.read(name).to(self.device, self.dtype)
+
+        def layer(i: int) -> Source:
+            if checkpoint is None:
+                return RandomLayer(shapes, i, self.dtype, self.device)
+            return InCheckpoint(checkpoint, f"{family.decoder}.layers.{i}.")
+
+        embedding, head = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
+        self.embedding = tensor(embedding)
+        self.head = self.embedding if head is embedding or config.tie_word_embeddings else tensor(head)
+        norm = getattr(decoder, family.final_norm)
+        bias = getattr(norm, "bias", None)
+        self.final_norm = tensor(norm.weight), None if bias is None else tensor(bias)
+        positions = getattr(decoder, "embed_positions", None)
+        self.positions = None if positions is None else tensor(positions.weight)[positions.offset :]
+        self.rotary = None
+        if hasattr(decoder, "rotary_emb"):
+            self.rotary = type(decoder.rotary_emb)(config).to(self.device)
+        reader = BlockReader(family, config, type(decoder.layers[0]), cut)
+        self.blocks: list[Weights] = []
+        for i in range(self.num_blocks):
+            read, biases = reader.read(i, layer(i), self.dtype, self.device)
+            self.blocks.append(Weights.of(read, family, biases))
+
+    def _run(self, ids: Tensor, positions: Tensor, arm: Arm, *, decode: bool) -> None:
+        """Runs token ids [B, T] at positions [T] through the model, and leaves logits and the next token behind."""
+        residual = F.embedding(ids, self.embedding)
+        rope = None
+        if self.rotary is not None:
+            cos, sin = self.rotary(residual, positions.unsqueeze(0))
+            rope = cos[0], sin[0]
+        if self.positions is not None:
+            residual = residual + self.positions[positions]
+        summed = torch.zeros_like(residual)
+        stage = self.halves.decode if decode else self.halves.prefill
+        where = (positions, self._columns <= positions) if decode else ()
+        for i, (w, cache) in enumerate(zip(self.blocks, self.cache, strict=True)):
+            x, partial = stage.attention(residual, summed, w, rope, *cache, *where)
+            if i in arm.dropped:
+                residual, inner = stage.spd_mlp(x, partial, w)
+                local = self.halves.add_output(partial, inner, w)
+            else:
+                attended = self._sum(partial) if arm.attention_all_reduce else partial
+                residual, local = stage.tp_mlp(x, attended, w)
+            summed = self._sum(local) if arm.mlp_all_reduce else local
+        logits, token = self.halves.last(residual, summed, *self.final_norm, self.head)
+        self.logits.copy_(logits)
+        self.token.copy_(token)
+
+    def _sum(self, local: Tensor) -> Tensor:
+        return local if self.all_reduce is None else self.all_reduce(local)
+
+    @torch.no_grad()
+    def prefill(self, arm: Arm) -> None:
+        """From `prompt` to the first token."""
+        positions = self._columns[: self.prompt.shape[1]]
+        self._run(self.prompt, positions, arm, decode=False)
+        self.position.fill_(self.prompt.shape[1])
+
+    @torch.no_grad()
+    def decode(self, arm: Arm) -> None:
+        """From `token`, at `position`, to the next one."""
+        self._run(self.token, self.position, arm, decode=True)
+        self.position.add_(1)
+
+    def capture(self, arm: Arm, *, decode: bool, pool: Any = None) -> torch.cuda.CUDAGraph:
+        """A graph whose replay is `prefill` or `decode`; graphs that never run at once can share a memory pool."""
+        forward = self.decode if decode else self.prefill
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, and lets libraries make their workspaces
+                forward(arm)
+                self.position.fill_(self.prompt.shape[1])
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            forward(arm)
+        return graph

@@ -1,0 +1,188 @@
+"""The engine that latency on GPUs is measured with: exact on any device, and captured on a GPU."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import spd
+from spd.checkpoint import Checkpoint, read_config
+from spd.config import ROOT
+from spd.errors import UserError
+from spd.families import family_of
+from spd.gpu import all_reduce
+from spd.gpu.model import Arm, GraphModel
+
+REFERENCE = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
+PROMPT, NEW = 20, 12
+every_family = pytest.mark.parametrize("folder", REFERENCE, ids=lambda folder: folder.name)
+
+
+class Meeting:
+    """An all-reduce between threads of this process, each a rank."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.given, self.count = threading.Barrier(ranks, timeout=60), [None] * ranks, 0
+
+    def of(self, rank: int) -> all_reduce.AllReduce:
+        def reduce(local: Tensor) -> Tensor:
+            self.given[rank] = local
+            self.barrier.wait()
+            total = torch.stack(self.given).sum(0)
+            self.barrier.wait()
+            self.count += rank == 0
+            return total
+
+        return reduce
+
+
+def graph_model(folder: Path, tp_size: int = 1, rank: int = 0, **options) -> GraphModel:
+    config = read_config(folder)
+    options = {"dtype": torch.float32, "device": "cpu", "compiled": False, "cache_length": 64} | options
+    return GraphModel(
+        config, family_of(config), tp_size, rank, checkpoint=Checkpoint(folder), prompt_length=PROMPT, **options
+    )
+
+
+def prompts(folder: Path, batch: int, device: str = "cpu") -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(5, read_config(folder).vocab_size, (batch, PROMPT), generator=random).to(device)
+
+
+def greedy(model: GraphModel, ids: Tensor, arm: Arm, new: int = NEW) -> tuple[Tensor, list[Tensor]]:
+    """The tokens, and the logits that each was chosen by."""
+    model.prompt.copy_(ids)
+    model.prefill(arm)
+    tokens, logits = [model.token.clone()], [model.logits.clone()]
+    for _ in range(new - 1):
+        model.decode(arm)
+        tokens.append(model.token.clone())
+        logits.append(model.logits.clone())
+    return torch.cat(tokens, 1), logits
+
+
+@every_family
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_rank_gives_transformers_logits_at_every_step(folder: Path, batch: int) -> None:
+    ids = prompts(folder, batch)
+    tokens, logits = greedy(graph_model(folder, batch_size=batch), ids, Arm())
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        want = theirs(torch.cat([ids, tokens], 1)).logits[:, PROMPT - 1 : -1]
+    torch.testing.assert_close(torch.stack(logits, 1), want, atol=2e-4, rtol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
+def test_ranks_that_sum_give_what_virtual_ranks_give_whatever_is_dropped(folder: Path, tp_size: int) -> None:
+    ids, dropped = prompts(folder, 2), [0, 3, 7, 11]
+    meeting, arm = Meeting(tp_size), Arm(frozenset(dropped))
+    models = [graph_model(folder, tp_size, i, batch_size=2, all_reduce=meeting.of(i)) for i in range(tp_size)]
+    found: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def run(rank: int) -> None:
+        found[rank] = greedy(models[rank], ids, arm)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(tp_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tokens, logits = found[0]
+    assert all(torch.equal(theirs, tokens) for theirs, _ in found.values())
+    virtual = spd.load(folder, tp_size=tp_size)
+    virtual.drop(dropped)
+    with torch.no_grad():
+        want = virtual(torch.cat([ids, tokens], 1))[:, PROMPT - 1 : -1]
+    torch.testing.assert_close(torch.stack(logits, 1), want, atol=2e-4, rtol=1e-4)
+    assert meeting.count == NEW * (2 * len(models[0].blocks) - len(dropped))
+
+
+def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
+    counted = []
+
+    def count(local: Tensor) -> Tensor:
+        counted.append(tuple(local.shape))
+        return local
+
+    model = graph_model(REFERENCE[0], 2, 0, all_reduce=count)
+    for arm, expected in [
+        (Arm(), 24),
+        (Arm(frozenset({1, 2, 3})), 21),
+        (Arm(attention_all_reduce=False), 12),
+        (Arm(attention_all_reduce=False, mlp_all_reduce=False), 0),
+    ]:
+        counted.clear()
+        model.prefill(arm)
+        assert counted == [(1, PROMPT, 192)] * expected
+        counted.clear()
+        model.decode(arm)
+        assert counted == [(1, 1, 192)] * expected
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_random_weights_need_the_config_alone_and_only_this_ranks_part(tp_size: int) -> None:
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50,
+    )  # fmt: skip
+    model = GraphModel(config, family_of(config), tp_size, tp_size - 1, device="cpu", compiled=False)
+    for block in model.blocks:
+        assert block.qkv.shape == ((4 // tp_size + 2 * max(1, 2 // tp_size)) * 16, 64)
+        assert block.attention_output.shape == (64, 64 // tp_size)
+        assert block.mlp_input.shape == (2 * 128 // tp_size, 64)
+        assert block.mlp_output.shape == (64, 128 // tp_size)
+    assert not torch.equal(model.blocks[0].qkv, model.blocks[1].qkv)
+    model.prefill(Arm())
+    assert model.logits.isfinite().all()
+
+
+def test_an_all_reduce_that_cannot_be_is_said() -> None:
+    with pytest.raises(UserError, match=r"latency.all_reduce='ring' is not known; known are nccl"):
+        all_reduce.make("ring", 8, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"latency.all_reduce=one_shot needs GPUs"):
+        all_reduce.make("one_shot", 8, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropped", [(), (0, 5, 11)])
+@every_family
+def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(folder: Path, dropped: tuple) -> None:
+    arm, ids = Arm(frozenset(dropped)), prompts(folder, 2, "cuda")
+    options = {"batch_size": 2, "cache_length": 128, "device": "cuda", "dtype": torch.bfloat16}
+    plain, captured = graph_model(folder, **options), graph_model(folder, **options, compiled=True)
+    first, step = captured.capture(arm, decode=False), captured.capture(arm, decode=True)
+    captured.prompt.copy_(ids)
+    first.replay()
+    plain.prompt.copy_(ids)
+    plain.prefill(arm)
+    for i in range(64):
+        if i:
+            step.replay()
+            plain.decode(arm)
+        # bfloat16 has 8 bits; a dozen blocks add up to a few roundings.
+        torch.testing.assert_close(captured.logits, plain.logits, atol=0.04 * plain.logits.abs().max().item(), rtol=0)
+        best = plain.logits.float().topk(2).values
+        sure = best[:, 0] - best[:, 1] > 0.04 * plain.logits.abs().max()
+        assert torch.equal(captured.token[sure], plain.token[sure])
+        captured.token.copy_(plain.token)  # where two tokens are as likely, both go on with the same
+
+
+@pytest.mark.gpu
+def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
+    folder = REFERENCE[2]
+    ids, arm = prompts(folder, 2, "cuda"), Arm(frozenset({3, 4}))
+    options = {"batch_size": 2, "cache_length": 128, "device": "cuda"}
+    captured = graph_model(folder, **options, compiled=True)
+    first, step = captured.capture(arm, decode=False), captured.capture(arm, decode=True)
+    want, _ = greedy(graph_model(folder, **options), ids, arm, 64)
+    captured.prompt.copy_(ids)
+    first.replay()
+    tokens = [captured.token.clone()]
+    for _ in range(63):
+        step.replay()
+        tokens.append(captured.token.clone())
+    assert torch.equal(torch.cat(tokens, 1), want)
