@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.gpu_latency.alone import table
 from experiments.long_text.draw import ends
 from experiments.recovery.compare import difference
 from experiments.recovery.draw import everything_dropped, over_seeds
@@ -127,6 +128,20 @@ def test_an_evaluations_throughput_is_its_record_and_what_was_asked() -> None:
         assert shown in readme
         assert row["nothing_dropped"]["median"] >= 0.7
     assert {row["model"] for row in record["rows"]} == {"ref_llama", "ref_opt", "ref_qwen2"}
+    on_gpu = json.loads((EXPERIMENTS / "evaluation/throughput_gpu.json").read_text())
+    for row in on_gpu["rows"]:
+        medians = [row[arm]["median"] for arm in ("nothing_dropped", "everything_dropped")]
+        cells = " | ".join(f"{median:.2f}" for median in medians)
+        assert f"| {row['model']} | {row['batch_size']} | {row['own_requests_per_s']:.0f} | {cells} |" in readme
+        assert min(medians) >= 0.7
+
+
+def test_one_rank_on_a_gpu_is_as_far_above_its_floor_as_the_readme_says() -> None:
+    folder = EXPERIMENTS / "gpu_latency"
+    rows = pd.read_csv(folder / "alone.csv")
+    assert table(rows) in (folder / "README.md").read_text()
+    decoding = rows[(rows["phase"] != "prefill") & (rows["batch_size"] == 1)].set_index(["model", "arm"])["over_floor"]
+    assert decoding["llama2_70b"].max() < 1.3
 
 
 @pytest.mark.xfail(strict=True, reason="see experiments/evaluation/README.md: two of six are below")

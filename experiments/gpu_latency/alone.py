@@ -2,9 +2,12 @@
 
     python -m experiments.gpu_latency.alone --record experiments/gpu_latency/alone.csv
 
+    python -m experiments.gpu_latency.alone --table experiments/gpu_latency/alone.csv      # the README's table
+
 This is the ceiling *no all-reduce at all*, which one GPU suffices for. A floor is what reading the weights, and in
-decoding the keys and values of 256 tokens, takes at the copy bandwidth measured in the same run, or what the matrix products take at the measured rate, whichever is longer.
-Arms are interleaved (ABBA); a row is the median of the replays with their 10th and 90th percentile, in milliseconds.
+decoding the keys and values of 256 tokens, takes at the copy bandwidth measured in the same run, or what the matrix
+products take at the measured rate, whichever is longer. Arms are interleaved (ABBA); a row is the median of the replays
+with their 10th and 90th percentile, in milliseconds.
 """
 
 import argparse
@@ -104,6 +107,18 @@ def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replay
     return rows
 
 
+def table(rows: pd.DataFrame) -> str:
+    """Milliseconds of the two arms and the floor, as Markdown."""
+    heads = ["model", "batch", "phase", "floor", "TP", "over floor", "all dropped", "over floor"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    keys = ["model", "batch_size", "prompt_length", "phase"]
+    for (model, batch, prompt, phase), two in rows.groupby(keys, sort=False):
+        cells = [f"{row.median_ms:.2f} | {row.over_floor:.2f}" for row in two.itertuples()]
+        what = f"prefill {prompt}" if phase == "prefill" else phase
+        lines.append(f"| {model} | {batch} | {what} | {two['floor_ms'].iloc[0]:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES))
@@ -111,7 +126,11 @@ if __name__ == "__main__":
     parser.add_argument("--shapes", nargs="+", default=["1x128", "1x2048", "16x128"], help="batch size x prompt tokens")
     parser.add_argument("--replays", type=int, default=60)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of such a record, and measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table(pd.read_csv(options.table)))
+        raise SystemExit
     limits, found = rates(), []
     for name in options.models:
         for shape in options.shapes:

@@ -1,6 +1,7 @@
 """Sums over ranks: NCCL's, and PyTorch's symmetric-memory kernels, which are quicker for small messages.
 
-Every kind can be captured in a CUDA graph. `None` instead of one leaves the sum out: for one rank, and for the ceilings.
+Every kind can be captured in a CUDA graph. `None` instead of one
+leaves the sum out: for one rank, and for the ceilings.
 """
 
 from collections.abc import Callable

@@ -67,7 +67,8 @@ class Weights(NamedTuple):
         fused = [(joined(names, "weight"), joined(names, "bias")) for names in (qkv, family.mlp_input)]
         outputs = [layer.get_submodule(name).weight.data for name in (family.attention_output, family.mlp_output)]
         (qkv_weight, qkv_bias), (mlp_weight, mlp_bias) = fused
-        assert qkv_weight is not None and mlp_weight is not None
+        assert qkv_weight is not None
+        assert mlp_weight is not None
         return cls(
             *norm(family.attention_norm),
             qkv_weight,
@@ -92,6 +93,7 @@ class Stage(NamedTuple):
 
     attention: Callable[..., tuple[Tensor, Tensor]]
     tp_mlp: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
+    spd_inner: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
     spd_mlp: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
 
 
@@ -115,9 +117,9 @@ class Halves:
         self.eps = getattr(config, "rms_norm_eps", 1e-5)
 
         def stage(attention: Callable, options: dict[str, Any]) -> Stage:
-            functions = (attention, self._tp_mlp, self._spd_mlp)
+            functions: list[Callable] = [attention, self._tp_mlp, self._spd_inner, self._spd_mlp]
             if compiled:
-                functions = tuple(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in functions)
+                functions = [torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in functions]
             return Stage(*functions)
 
         self.prefill = stage(self._prefill_attention, {})
@@ -196,19 +198,25 @@ class Halves:
         u = _plus(x + attended, w.attention_bias)
         return _plus(u, w.mlp_bias), F.linear(self._inner(u, w), w.mlp_output)
 
-    def _spd_mlp(self, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        """`R` [B, T, D] of an SPD block and its MLP before the output product, from `X` and `P_i`; see `add_output`."""
+    def _spd_inner(self, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """`R` [B, T, D] of an SPD block, and its MLP before the output product [B, T, F/N], from `X` and `P_i`."""
         known = _plus(x, w.attention_bias)
         return _plus(known, w.mlp_bias), self._inner(known + partial, w)
 
-    @staticmethod
-    def add_output(partial: Tensor, inner: Tensor, w: Weights) -> Tensor:
-        """`S_i` of an SPD block in the place of `P_i`.
+    def _spd_mlp(self, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """`R` and `S_i` [B, T, D] of an SPD block, from `X` and `P_i`."""
+        residual, inner = self._spd_inner(x, partial, w)
+        return residual, partial + F.linear(inner, w.mlp_output)
 
-        Not compiled: in place, the product's kernel adds `P_i` itself, where compiled code would take a kernel more.
-        """
+    @staticmethod
+    def spd_mlp(stage: Stage, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """`R` and `S_i` of an SPD block, `S_i` in as few kernels as that of a TP block; may overwrite `P_i`."""
+        if x.shape[0] * x.shape[1] == 1:
+            return stage.spd_mlp(x, partial, w)  # the product is a Triton kernel, which adds `P_i` too
+        residual, inner = stage.spd_inner(x, partial, w)
+        # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
         partial.flatten(0, 1).addmm_(inner.flatten(0, 1), w.mlp_output.T)
-        return partial
+        return residual, partial
 
     def _last(
         self, residual: Tensor, summed: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor

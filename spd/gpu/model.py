@@ -153,8 +153,7 @@ class GraphModel:
         for i, (w, cache) in enumerate(zip(self.blocks, self.cache, strict=True)):
             x, partial = stage.attention(residual, summed, w, rope, *cache, *where)
             if i in arm.dropped:
-                residual, inner = stage.spd_mlp(x, partial, w)
-                local = self.halves.add_output(partial, inner, w)
+                residual, local = self.halves.spd_mlp(stage, x, partial, w)
             else:
                 attended = self._sum(partial) if arm.attention_all_reduce else partial
                 residual, local = stage.tp_mlp(x, attended, w)
