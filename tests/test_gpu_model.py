@@ -1,5 +1,8 @@
 """The engine that latency on GPUs is measured with: exact on any device, and captured on a GPU."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from spd.gpu.model import Arm, GraphModel
 
 REFERENCE = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
 PROMPT, NEW = 20, 12
+REASON = "needs a GPU: python -m pytest -m gpu tests on a machine that has one"
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)
 every_family = pytest.mark.parametrize("folder", REFERENCE, ids=lambda folder: folder.name)
 
 
@@ -148,6 +153,7 @@ def test_an_all_reduce_that_cannot_be_is_said() -> None:
 
 
 @pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("dropped", [(), (0, 5, 11)])
 @every_family
 def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(folder: Path, dropped: tuple) -> None:
@@ -172,6 +178,7 @@ def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(folder:
 
 
 @pytest.mark.gpu
+@on_gpu
 def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
     folder = REFERENCE[2]
     ids, arm = prompts(folder, 2, "cuda"), Arm(frozenset({3, 4}))
@@ -186,3 +193,66 @@ def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
         step.replay()
         tokens.append(captured.token.clone())
     assert torch.equal(torch.cat(tokens, 1), want)
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from pathlib import Path
+from spd.checkpoint import Checkpoint, read_config
+from spd.families import family_of
+from spd.gpu import all_reduce
+from spd.gpu.model import Arm, GraphModel
+
+folder, device = Path(sys.argv[1]), torch.device("cuda", 0)
+dist.init_process_group("gloo")
+config, rank = read_config(folder), dist.get_rank()
+ids, want = torch.load(sys.argv[2], weights_only=True)
+arm = Arm(frozenset({0, 5, 11}))
+for kind in ("one_shot", "two_shot"):
+    reduce = all_reduce.make(kind, ids.numel() * config.hidden_size, torch.float32, device)
+    model = GraphModel(
+        config, family_of(config), 2, rank, checkpoint=Checkpoint(folder), batch_size=len(ids), cache_length=64,
+        prompt_length=ids.shape[1], all_reduce=reduce, dtype=torch.float32, device=device, compiled=False,
+    )
+    first, step = model.capture(arm, decode=False), model.capture(arm, decode=True)
+    model.prompt.copy_(ids)
+    dist.barrier()
+    first.replay()
+    for i in range(want.shape[1]):
+        if i:
+            step.replay()
+        torch.testing.assert_close(model.logits.cpu(), want[:, i], atol=2e-3, rtol=1e-3)
+        model.token.copy_(want[:, i].argmax(-1, keepdim=True))
+    print(kind, "equal")
+"""
+
+
+@pytest.mark.gpu
+@on_gpu
+@every_family
+def test_two_ranks_captured_with_symmetric_memory_give_what_virtual_ranks_give(folder: Path, tmp_path: Path) -> None:
+    ids = prompts(folder, 2)
+    virtual = spd.load(folder, tp_size=2, dtype="float32")
+    virtual.drop([0, 5, 11])
+    tokens, want = ids, []
+    with torch.no_grad():
+        for _ in range(NEW):
+            want.append(virtual(tokens)[:, -1])
+            tokens = torch.cat([tokens, want[-1].argmax(-1, keepdim=True)], 1)
+    torch.save((ids, torch.stack(want, 1)), tmp_path / "want.pt")
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
+    # Both ranks on one GPU: its numbers are right, its times would mean nothing.
+    settings = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    done = subprocess.run(
+        [*command, str(folder), str(tmp_path / "want.pt")],
+        env=os.environ | settings | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal") == 4
