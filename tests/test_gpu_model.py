@@ -21,8 +21,7 @@ from spd.gpu.model import Arm, GraphModel
 
 REFERENCE = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
 PROMPT, NEW = 20, 12
-REASON = "needs a GPU: python -m pytest -m gpu tests on a machine that has one"
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
 every_family = pytest.mark.parametrize("folder", REFERENCE, ids=lambda folder: folder.name)
 
 

@@ -27,6 +27,9 @@ def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> A
         largest: numbers in the largest message.
         dtype, device: of the messages.
 
+    Returns:
+        The sum; with symmetric memory all of its calls share one buffer, so they have to follow each other on a stream.
+
     Raises:
         UserError: an unknown kind, or symmetric memory where there is no GPU.
     """

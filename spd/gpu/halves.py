@@ -215,7 +215,7 @@ class Halves:
             return stage.spd_mlp(x, partial, w)  # the product is a Triton kernel, which adds `P_i` too
         residual, inner = stage.spd_inner(x, partial, w)
         # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
-        partial.flatten(0, 1).addmm_(inner.flatten(0, 1), w.mlp_output.T)
+        partial.view(-1, partial.shape[-1]).addmm_(inner.flatten(0, 1), w.mlp_output.T)  # a view, or it would be lost
         return residual, partial
 
     def _last(
