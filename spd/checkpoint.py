@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -158,6 +159,22 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from error
+
+
+def read_architecture(fields: dict[str, Any]) -> PretrainedConfig:
+    """The Hugging Face config of an architecture given by its fields, `model_type` among them.
+
+    Raises:
+        UserError: the family is not known, or a field does not fit it.
+    """
+    known = dict(fields)
+    model_type = known.pop("model_type", None)
+    check_known(model_type)
+    try:
+        return AutoConfig.for_model(model_type, **known)
+    except Exception as error:  # each of the config's own checks raises another type
+        first = (str(error).strip() or "no details").splitlines()[0]
+        raise UserError(f"model.architecture is no {model_type} config ({type(error).__name__}: {first}).") from error
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -14,17 +14,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spd.config import RunConfig, need_path
+from spd.config import RunConfig, Weights, need_path
 from spd.errors import UserError
-
-_INTERCONNECTS = "emulated interconnects come in a later version; write interconnect=native (this machine's own)"
-
-NOT_YET = {
-    ("latency", "gpu"): "latency on GPUs comes in a later version; write latency=cpu or latency=none",
-    ("interconnect", "lbw"): _INTERCONNECTS,
-    ("interconnect", "socket"): _INTERCONNECTS,
-}
-"""Options that have a name in the paper's configurations and no implementation here yet: refused, never imitated."""
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -50,6 +41,8 @@ def from_hydra(composed: DictConfig) -> RunConfig:
 
 
 def _check_files(config: RunConfig) -> None:
+    if config.weights is Weights.random:  # nothing is read
+        return
     data = config.data
     if data.dataset is None:
         need_path(data.path, "data.path")
@@ -71,8 +64,6 @@ def explain(error: BaseException) -> str:
     """One readable message for an error of Hydra's or OmegaConf's, naming what to write instead."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if (group, option) in NOT_YET:
-            return f"{group}={option} is not available in this version: {NOT_YET[group, option]}."
         return f"{group}={option}: there is no such option in conf/{group}. {_nearest(option, list(error.options))}"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
@@ -104,9 +95,6 @@ def _explain_key(full_key: str, error: OmegaConfBaseException) -> str:
         return f"{full_key}: there is no such setting {where}. {_nearest(last, known)}"
     text = str(error).splitlines()[0]
     value = re.search(r"[Vv]alue '([^']*)'", text)
-    group = full_key.removesuffix(".name")
-    if value and (group, value[1]) in NOT_YET:
-        return f"{group}={value[1]} is not available in this version: {NOT_YET[group, value[1]]}."
     expected = _expected(full_key)
     given = f"{full_key}={value[1]}" if value else full_key
     return f"{given}: {expected} is needed." if expected else f"{full_key}: {text}"
@@ -143,6 +131,7 @@ def _expected(full_key: str) -> str | None:
         bool: "true or false",
         int | None: "a whole number or null",
         str | None: "a text or null",
+        dict[str, Any]: "fields and their values, as in {a:1},",
         list[str]: "a list of texts, as in [a,b],",
         list[float]: "a list of numbers, as in [0,0.5],",
     }

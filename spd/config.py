@@ -39,6 +39,24 @@ class Interconnect(Enum):
     """What carries the all-reduces of the latency measurement."""
 
     native = "native"
+    lbw = "lbw"
+    socket = "socket"
+
+
+class AllReduceKind(Enum):
+    """Who sums over the ranks of latency=gpu."""
+
+    auto = "auto"
+    nccl = "nccl"
+    one_shot = "one_shot"
+    two_shot = "two_shot"
+
+
+class Weights(Enum):
+    """Where a model's weights come from."""
+
+    checkpoint = "checkpoint"
+    random = "random"
 
 
 class Strategy(Enum):
@@ -83,6 +101,7 @@ class LatencyKind(Enum):
 
     none = "none"
     cpu = "cpu"
+    gpu = "gpu"
 
 
 class Tracker(Enum):
@@ -146,16 +165,16 @@ class ModelConfig:
     dtype: DType = DType.float32
     """float32 | float16 | bfloat16. float32 by default: exact on CPUs, where half types are slow."""
     device: Device = Device.cpu
-    """cpu | cuda, for the virtual ranks. The processes of latency=cpu run on the CPU in any case."""
+    """cpu | cuda, for the virtual ranks. The processes of latency=cpu run on the CPU in any case, those of latency=gpu
+    on GPUs."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Fields of its Hugging Face config, `model_type` among them: all that weights=random needs. {} leaves it to the
+    checkpoint (default)."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """How its blocks are distilled, where the strategy asks for it: learning rates differ by model."""
 
     def check(self) -> None:
         _need(bool(self.name.strip()), "model.name is empty; give the name that tables should show.")
-        _need(
-            bool(self.path.strip()),
-            "model.path is empty; give a Hugging Face model folder or a hub id, as in model.path=owner/name.",
-        )
         self.distillation.check()
 
 
@@ -180,7 +199,9 @@ class ParallelConfig:
 @dataclass
 class InterconnectConfig:
     name: Interconnect = Interconnect.native
-    """native: the all-reduces run over what the machine has."""
+    """native: the all-reduces run over what the machine has | lbw: not over the GPUs' direct links but through host
+    memory (NCCL_P2P_DISABLE=1), the paper's low-bandwidth setting | socket: through sockets (NCCL_SHM_DISABLE=1 as
+    well). What it measured is in the record."""
 
 
 @dataclass
@@ -296,11 +317,19 @@ class DataConfig:
 @dataclass
 class LatencyConfig:
     name: LatencyKind = LatencyKind.none
-    """none: not measured (null in the record) | cpu: real torchrun ranks over gloo on this machine."""
+    """none: not measured (null in the record) | cpu: real torchrun ranks over gloo on this machine | gpu: one torchrun
+    rank a GPU, compiled and captured in CUDA graphs."""
     prompt_length: int = 128
     """Tokens of the prompt (time to first token). 128 as published."""
     new_tokens: int = 8
     """Tokens generated after the first (time between tokens)."""
+    decode_at: int | None = None
+    """latency=gpu: position of the first of these tokens; null for right after the prompt (default)."""
+    all_reduce: AllReduceKind = AllReduceKind.auto
+    """latency=gpu: auto measures those that work and takes the quickest for each message size | nccl | one_shot,
+    two_shot: symmetric memory over direct links."""
+    tp_plan: bool = False
+    """latency=gpu: time transformers' own tensor parallelism too (tp_plan="auto"), beside the arms."""
     batch_size: int = 1
     """Prompts at once. 1 as published."""
     launches: int = 3
@@ -321,6 +350,10 @@ class LatencyConfig:
     def check(self) -> None:
         for name in ("prompt_length", "new_tokens", "batch_size", "launches", "repeats"):
             _need(getattr(self, name) >= 1, f"latency.{name}={getattr(self, name)} is too small; give 1 or more.")
+        _need(
+            self.decode_at is None or self.decode_at >= 1,
+            f"latency.decode_at={self.decode_at} is no position after a prompt; give 1 or more, or null.",
+        )
         _need(self.warmup >= 0, f"latency.warmup={self.warmup} is below 0; give 0 or more.")
         _need(
             self.timeout_s > 0, f"latency.timeout_s={self.timeout_s:g} leaves no time; give seconds, 300 for instance."
@@ -343,6 +376,9 @@ class TrackerConfig:
 class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which checkpoint, in which type, on which device."""
+    weights: Weights = Weights.checkpoint
+    """checkpoint: of model.path (default) | random: made on the GPUs from model.architecture alone. A model that knows
+    nothing has a latency and nothing else, so only that is measured."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How many ranks."""
     interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
@@ -379,7 +415,35 @@ class RunConfig:
             re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.sweep) is not None,
             f"sweep={self.sweep!r} cannot name a folder; use letters, digits, and any of . _ + -",
         )
+        self._check_together()
         _need(bool(self.output_dir.strip()), "output_dir is empty; give a folder, as in output_dir=runs.")
+
+    def _check_together(self) -> None:
+        """What no section can see by itself."""
+        gpu, name = self.latency.name is LatencyKind.gpu, self.interconnect.name
+        if self.weights is Weights.random:
+            _need(gpu, "weights=random has a latency and nothing else to measure; write latency=gpu.")
+            _need(
+                bool(self.model.architecture),
+                "weights=random needs model.architecture; take a model of conf/model that has one, as model=llama2_7b.",
+            )
+        else:
+            _need(
+                bool(self.model.path.strip()),
+                "model.path is empty; give a Hugging Face model folder or a hub id, as in model.path=owner/name.",
+            )
+        if name is not Interconnect.native:
+            _need(gpu, f"interconnect={name.name} is between GPUs; write latency=gpu, or interconnect=native.")
+            _need(
+                self.latency.all_reduce in (AllReduceKind.auto, AllReduceKind.nccl),
+                f"latency.all_reduce={self.latency.all_reduce.name} goes over direct links, and interconnect={name.name} "
+                "is without; write latency.all_reduce=nccl.",
+            )
+        _need(gpu or not self.latency.tp_plan, "latency.tp_plan=true is an arm of GPUs; write latency=gpu.")
+        _need(
+            not (gpu and "correction" in self.strategy.name.name),
+            f"strategy={self.strategy.name.name} with latency=gpu: that engine has no corrections; write latency=cpu.",
+        )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

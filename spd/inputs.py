@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from spd import checkpoint
-from spd.checkpoint import Checkpoint, read_config, read_tokenizer
-from spd.config import Device, LatencyKind, RunConfig, Strategy, find_path, need_path
+from spd.checkpoint import Checkpoint, read_architecture, read_config, read_tokenizer
+from spd.config import Device, LatencyKind, RunConfig, Strategy, Weights, find_path, need_path
 from spd.data import draw_samples, read_documents, tokenize
 from spd.errors import UserError
 from spd.families import family_of
+from spd.gpu.latency import check_gpus
 from spd.hub import read_text
 from spd.launch import check_port
 from spd.plan import PLAN_FILE, DropPlan
@@ -28,8 +30,17 @@ def check(config: RunConfig, here: bool = True) -> None:
     Raises:
         UserError: the checkpoint is incomplete or cut short, its family unknown, tp_size does not cut it evenly or is
             not that of the plan in it, a text is empty or shorter than a sequence, a sequence too long for the model,
-            the port taken, the device not there, or a task unknown or without its data or packages.
+            the port taken, the device or a GPU for every rank not there, a task unknown or without its data or packages.
     """
+    if here and config.latency.name is LatencyKind.gpu:
+        check_gpus(config.parallel.tp_size)
+    if config.weights is Weights.random:
+        hf = read_architecture(config.model.architecture)
+        check_tp_size(family_of(hf), hf, config.parallel.tp_size)
+        _check_lengths(_latency_lengths(config), hf, config.model.name)
+        if here:
+            check_port(config.parallel.port)
+        return
     folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
     hf = read_config(folder)
     tp_size = config.parallel.tp_size
@@ -48,13 +59,7 @@ def check(config: RunConfig, here: bool = True) -> None:
                 "give the original checkpoint."
             )
     lengths = {"data.sequence_length": config.data.sequence_length}
-    if config.latency.name is not LatencyKind.none:
-        both = config.latency.prompt_length + config.latency.new_tokens
-        lengths["latency.prompt_length + latency.new_tokens"] = both
-    for setting, length in lengths.items():
-        if length > (hf.max_position_embeddings or length):
-            most = hf.max_position_embeddings
-            raise UserError(f"{setting} is {length}, and {folder} takes {most} positions; give at most {most}.")
+    _check_lengths(lengths | _latency_lengths(config), hf, str(folder))
     if here and config.latency.name is not LatencyKind.none:
         check_port(config.parallel.port)
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
@@ -64,6 +69,24 @@ def check(config: RunConfig, here: bool = True) -> None:
     if config.strategy.name is not Strategy.zs and config.drop > 0:
         _check_recovery_text(config, folder)
     _tasks_digest(config)
+
+
+def _latency_lengths(config: RunConfig) -> dict[str, int]:
+    """What the latency measurement takes of the model's positions, by the settings that say so."""
+    settings = config.latency
+    if settings.name is LatencyKind.none:
+        return {}
+    lengths = {"latency.prompt_length + latency.new_tokens": settings.prompt_length + settings.new_tokens}
+    if settings.name is LatencyKind.gpu and settings.decode_at is not None:
+        lengths["latency.decode_at + latency.new_tokens"] = settings.decode_at + settings.new_tokens
+    return lengths
+
+
+def _check_lengths(lengths: dict[str, int], hf: PretrainedConfig, model: str) -> None:
+    for setting, length in lengths.items():
+        most = hf.max_position_embeddings
+        if length > (most or length):
+            raise UserError(f"{setting} is {length}, and {model} takes {most} positions; give at most {most}.")
 
 
 def _check_recovery_text(config: RunConfig, folder: Path) -> None:

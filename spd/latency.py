@@ -129,7 +129,7 @@ def measure_latency(
     }
     fix = None if corrections is None else str(corrections.resolve())
     for launch in range(launches):
-        with FileLock(_lock_file(), mode=0o666):  # two launches at once would time each other
+        with FileLock(lock_file(), mode=0o666):  # two launches at once would time each other
             # What else runs is no part of the result, but a reader has to know: waits grow with it.
             session["busy_percent"].append(psutil.cpu_percent(interval=0.5))
             start = time.monotonic()
@@ -146,7 +146,7 @@ def measure_latency(
                 port=port,
                 timeout_s=timeout_s,
                 log_dir=log_dir,
-                on_progress=_shifted(on_progress, launch * repeats, launches * repeats),
+                on_progress=shifted(on_progress, launch * repeats, launches * repeats),
             )
             session["launch_s"].append(round(time.monotonic() - start, 3))
         session["scheduling"].append(times["scheduling"])
@@ -158,12 +158,13 @@ def measure_latency(
     return session
 
 
-def _lock_file() -> Path:
+def lock_file() -> Path:
     """What is locked while a launch runs, by all users and checkouts of this machine."""
     return Path(tempfile.gettempdir()) / "spd-latency.lock"
 
 
-def _shifted(on_progress: Progress | None, before: int, total: int) -> Progress | None:
+def shifted(on_progress: Progress | None, before: int, total: int) -> Progress | None:
+    """`on_progress` of one launch among several."""
     return None if on_progress is None else lambda done, _: on_progress(before + done, total)
 
 

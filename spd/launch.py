@@ -87,6 +87,7 @@ def run_ranks(
     tp_size: int,
     port: int = 0,
     timeout_s: float = 600,
+    environment: dict[str, str] | None = None,
     log_dir: Path | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def run_ranks(
         tp_size: number of ranks, all on this machine, each with its share of the CPU cores.
         port: for the rendezvous; 0 picks a free one.
         timeout_s: seconds until the whole launch, imports included, is given up and killed.
+        environment: variables that the ranks have beside this process's.
         log_dir: where the folder of a launch that failed is kept, with each rank's output; a temporary folder
             that always goes away when None.
         on_progress: called here with `(done, total)` as rank 0 reports it.
@@ -122,7 +124,7 @@ def run_ranks(
         with (folder / "torchrun.log").open("w") as log:
             agent = subprocess.Popen(
                 [sys.executable, "-m", "spd.launch", "agent", str(folder)],
-                env=_environment(tp_size),
+                env=_environment(tp_size) | (environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

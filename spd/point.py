@@ -9,12 +9,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from spd.config import RunConfig, Tracker, dump_yaml, to_dict
+from spd.config import RunConfig, Tracker, Weights, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.launch import RankFailed
 from spd.progress import Display
 from spd.results import FORMAT, Record, Results, digest, environment, is_disk_full
-from spd.steps import Steps
+from spd.steps import RandomSteps, Steps
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def run_point(config: RunConfig, display: Display) -> Record:
     record = _new_record(config)
     try:
         display.step("checking")
-        point = Steps(config, results, display)
+        point = (RandomSteps if config.weights is Weights.random else Steps)(config, results, display)
         record |= {"key": point.key, "weights": point.weights}
         done = results.find(point.key)
         if done is not None:

@@ -32,17 +32,18 @@ Kind = Literal["query", "key_value", "mlp_input", "attention_output", "mlp_outpu
 
 def check_tp_size(family: Family, config: PretrainedConfig, tp_size: int) -> None:
     """Raises UserError, with the sizes that would work, unless heads and MLP can be cut for `tp_size` ranks."""
-    if _fits(family, config, tp_size):
+    if fits_tp_size(family, config, tp_size):
         return
     heads, kv_heads = family.heads(config)
-    sizes = [str(n) for n in range(1, heads + 1) if _fits(family, config, n)]
+    sizes = [str(n) for n in range(1, heads + 1) if fits_tp_size(family, config, n)]
     raise UserError(
         f"tp_size={tp_size} does not cut this model evenly: it has {heads} heads, {kv_heads} key/value heads and an "
         f"MLP width of {family.mlp_width(config)}. Sizes that do: {', '.join(sizes)}."
     )
 
 
-def _fits(family: Family, config: PretrainedConfig, n: int) -> bool:
+def fits_tp_size(family: Family, config: PretrainedConfig, n: int) -> bool:
+    """Whether heads and MLP can be cut for `n` ranks."""
     heads, kv_heads = family.heads(config)
     kv_fit = n > 0 and (kv_heads % n == 0 or n % kv_heads == 0)
     return kv_fit and heads % n == 0 and family.mlp_width(config) % n == 0

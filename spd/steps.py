@@ -3,19 +3,25 @@
 sensitivity (shared) -> plan -> apply -> perplexity, accuracy (virtual ranks) -> latency (real ranks, shared)
 """
 
+import gc
 import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from spd import checkpoint
 from spd.config import LatencyKind, RunConfig, find_path, to_dict
+from spd.families import family_of
+from spd.gpu.latency import check_gpus
+from spd.gpu.step import gpu_latency
 from spd.inputs import file_digests, optional_path, samples_of
 from spd.latency import measure_latency, summarise
 from spd.loading import load
 from spd.model import TensorParallelLM
 from spd.perplexity import perplexity
-from spd.plan import DropPlan, make_plan
+from spd.plan import DropPlan, ModelIdentity, make_plan
 from spd.progress import Display
 from spd.results import Results, digest, hardware, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
@@ -31,7 +37,7 @@ _NOT_IN_KEY: dict[str, set[str] | None] = {
     "output_dir": None,
     "parallel": {"name", "port"},
     "latency": {"timeout_s"},
-    "model": {"path"},
+    "model": {"path", "architecture"},
     "data": {"name", "path", "heldout_path", "dataset", "dataset_config", "split", "heldout_split", "data_root"},
     "eval": {"name", "include_path", "data_root"},
 }
@@ -51,6 +57,8 @@ class Steps:
 
     def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
         self.config, self.results, self.display = config, results, display
+        if config.latency.name is LatencyKind.gpu:
+            check_gpus(config.parallel.tp_size)
         self.folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
         self.weights = checkpoint.fingerprint(self.folder)
         self.files = file_digests(config, self.folder)
@@ -235,6 +243,8 @@ class Steps:
 
     @property
     def latency(self) -> dict[str, Any]:
+        if self.config.latency.name is LatencyKind.gpu:
+            return self._gpu_latency()
         settings, parallel = self.config.latency, self.config.parallel
         plans = [self.plan(drop).dropped for drop in (0.0, self.config.drop, *settings.drops)]
         # By number of blocks: fractions that come to the same blocks are one arm.
@@ -284,6 +294,73 @@ class Steps:
         }
         ours = str(len(self.plan(self.config.drop).dropped))
         return summarise(self.results.cached("latency", parts, measure), arm=ours, baseline="0")
+
+    def _gpu_latency(self) -> dict[str, Any]:
+        # What strategies change in a block costs no time, but the virtual ranks may stand on a GPU that is timed.
+        dropped = {drop: self.plan(drop).dropped for drop in (0.0, self.config.drop, *self.config.latency.drops)}
+        for name in ("model", "prepared"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return gpu_latency(
+            self.config,
+            self.results,
+            self.display,
+            self.folder,
+            dropped.__getitem__,
+            self.results.folder(self.key) / "latency",
+            weights=self.weights,
+            machine=_machine(),
+        )
+
+
+class RandomSteps:
+    """What a point with weights=random computes: a latency, from its model's architecture alone."""
+
+    def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
+        self.config, self.results, self.display = config, results, display
+        check_gpus(config.parallel.tp_size)
+        self.hf: Any = checkpoint.read_architecture(config.model.architecture)
+        family_of(self.hf)
+        self.weights = f"random {digest(config.model.architecture)}"
+        settings = determining(to_dict(config))
+        computing = {name: settings[name] for name in ("model", "parallel", "interconnect", "latency", "drop")}
+        self.key = digest({**made_by(), "config": computing, "weights": self.weights, "machine": _machine()})
+
+    def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """As `Steps.steps`."""
+        self.display.say("weights=random: nothing but latency is measured.")
+        yield "plan", self.plan(self.config.drop).to_dict()
+        yield (
+            "latency",
+            gpu_latency(
+                self.config,
+                self.results,
+                self.display,
+                self.config.model.architecture,
+                lambda drop: self.plan(drop).dropped,
+                self.results.folder(self.key) / "latency",
+                weights=self.weights,
+                machine=_machine(),
+            ),
+        )
+
+    def plan(self, drop: float) -> DropPlan:
+        """Drops the last blocks: random ones are all alike, and which are dropped costs no time."""
+        blocks = self.hf.num_hidden_layers
+        dropped = list(range(blocks - math.floor(drop * blocks + 0.5), blocks))
+        return DropPlan(
+            tp_size=self.config.parallel.tp_size,
+            strategy="zs",
+            drop=drop,
+            dropped=dropped,
+            treatment=dict.fromkeys(dropped, "zs"),
+            classes={},
+            tau1=None,
+            tau2=None,
+            order=None,
+            source=ModelIdentity(self.hf.model_type, blocks, self.hf.hidden_size, self.weights),
+        )
 
 
 def _machine() -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _check_cores(config: DictConfig, configs: list[RunConfig]) -> None:
     A launcher's settings are one for all jobs: `${parallel.tp_size}` there is not each point's own.
     """
     cores = config.hydra.launcher.get("cpus_per_task")
-    ranks = max((one.parallel.tp_size for one in configs if one.latency.name is not LatencyKind.none), default=0)
+    ranks = max((one.parallel.tp_size for one in configs if one.latency.name is LatencyKind.cpu), default=0)
     if cores is not None and cores < ranks:
         raise UserError(
             f"hydra.launcher.cpus_per_task={cores} is less than the {ranks} ranks whose latency the sweep measures, "

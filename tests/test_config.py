@@ -128,22 +128,6 @@ def test_a_wrong_setting_is_refused_with_what_to_write(override: str, parts: lis
     assert "full_key" not in message
 
 
-@pytest.mark.parametrize(
-    ("override", "instead"),
-    [
-        ("latency=gpu", "latency=cpu"),
-        ("latency.name=gpu", "latency=cpu"),
-        ("interconnect=lbw", "interconnect=native"),
-        ("interconnect=socket", "interconnect=native"),
-    ],
-)
-def test_what_comes_later_is_refused_by_name(override: str, instead: str, texts: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        composed([*texts, override])
-    assert "is not available in this version" in str(error.value)
-    assert instead in str(error.value)
-
-
 def test_one_data_root_serves_tasks_and_text(texts: list[str], tmp_path: Path) -> None:
     config = composed([*texts, "eval=zero_shot", "data=wikitext2", f"eval.data_root={tmp_path}"])
     assert config.data.data_root == config.eval.data_root == str(tmp_path)

@@ -92,7 +92,7 @@ def test_one_point_from_another_folder_with_latency_from_real_ranks(runner: Runn
     ("overrides", "said"),
     [
         (["stratgy=zs"], "Did you mean strategy?"),
-        (["latency=gpu"], "not available in this version"),
+        (["latency=gpu"], "torch sees 0"),
         (["strategy=5"], "Config group override must be a string"),
         (["-m", "drop=0,0.25,1.7"], "drop=1.7"),
         (["parallel.tp_size=3"], "Sizes that do: 1, 2, 4, 8"),

@@ -2,8 +2,9 @@
 
     python -m experiments.evaluation.throughput --record experiments/evaluation/throughput.json
 
-scores the same requests of the reference tasks with both, in turns in one run, at several batch
-sizes, tp 8. A ratio is the median over repeats of ours / lm-eval's own, with its 10th and 90th percentile.
+scores the same requests of the reference tasks with both, in turns, at several batch sizes, tp 8. A launch is a process
+of its own, as one process differs from the next by a tenth: its ratio is the median over repeats of ours / lm-eval's
+own. Reported is the median over launches, with the lowest and the highest.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import spd
 from experiments.reference.write import HERE as REFERENCE
 from spd.config import ROOT
 from spd.harness import SpdLM
+from spd.launch import Progress, run_ranks
 from spd.results import environment
 from spd.tasks import task_manager
 
@@ -47,7 +49,6 @@ def measure(name: str, batch_size: int | str, items: int, repeats: int, device: 
     asked = requests_of(items)
     own = HFLM(pretrained=str(folder), device=device, dtype="float32", batch_size=batch_size)
     model = spd.load(folder, tp_size=TP_SIZE, device=device, dtype="float32")
-    everything = list(range(model.num_blocks))
 
     def seconds(dropped: list[int] | None) -> float:
         if dropped is not None:
@@ -61,21 +62,36 @@ def measure(name: str, batch_size: int | str, items: int, repeats: int, device: 
             scorer.loglikelihood(asked, disable_tqdm=True)
         return time.perf_counter() - start
 
+    everything = list(range(model.num_blocks))
     arms: dict[str, list[int] | None] = {"own": None, "nothing_dropped": [], "everything_dropped": everything}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for repeat in range(repeats + 1):  # the first warms up
         for arm in list(arms)[:: 1 if repeat % 2 else -1]:
             times[arm].append(seconds(arms[arm]))
     rates = {arm: len(asked) / np.array(taken[1:]) for arm, taken in times.items()}
+    ratios = {arm: float(np.median(rates[arm] / rates["own"])) for arm in arms if arm != "own"}
+    return {"requests": len(asked), "own_requests_per_s": float(np.median(rates["own"])), **ratios}
+
+
+def launch(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
+    """What `run_ranks` calls in a process of its own: a row for each model and batch size, in order."""
+    rows = []
+    for name, batch_size in settings["cases"]:
+        rows.append(measure(name, batch_size, settings["items"], settings["repeats"], settings["device"]))
+        on_progress(len(rows), len(settings["cases"]))
+    return {"rows": rows, "threads": torch.get_num_threads()}
+
+
+def over_launches(launches: list[dict[str, Any]]) -> dict[str, Any]:
+    """One case's row: medians over its launches, and the ratios' range."""
     row: dict[str, Any] = {
-        "model": name,
-        "batch_size": batch_size,
-        "requests": len(asked),
-        "own_requests_per_s": round(float(np.median(rates["own"])), 1),
+        "requests": launches[0]["requests"],
+        "own_requests_per_s": round(float(np.median([one["own_requests_per_s"] for one in launches])), 1),
     }
     for arm in ("nothing_dropped", "everything_dropped"):
-        low, median, high = np.percentile(rates[arm] / rates["own"], [10, 50, 90])
-        row[arm] = {"median": round(median, 3), "p10": round(low, 3), "p90": round(high, 3)}
+        ratios = [one[arm] for one in launches]
+        row[arm] = {"median": round(float(np.median(ratios)), 3), "low": round(min(ratios), 3)}
+        row[arm]["high"] = round(max(ratios), 3)
     return row
 
 
@@ -84,16 +100,23 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=["ref_llama", "ref_opt", "ref_qwen2"])
     parser.add_argument("--batch-sizes", nargs="+", default=["8", "32", "auto"])
     parser.add_argument("--items", type=int, default=20, help="of each of the seven tasks")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="of each launch")
+    parser.add_argument("--launches", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    rows = []
-    for name in options.models:
-        for size in options.batch_sizes:
-            batch_size = size if size == "auto" else int(size)
-            rows.append(measure(name, batch_size, options.items, options.repeats, options.device))
-            print(json.dumps(rows[-1]), flush=True)
+    cases = [(name, s if s == "auto" else int(s)) for name in options.models for s in options.batch_sizes]
+    asked = {"cases": cases, "items": options.items, "repeats": options.repeats, "device": options.device}
+    found = []
+    for _ in range(options.launches):
+        found.append(run_ranks("experiments.evaluation.throughput:launch", asked, tp_size=1, timeout_s=3600))
+        print(json.dumps(found[-1]), flush=True)
+    rows = [
+        {"model": name, "batch_size": size, **over_launches([one["rows"][i] for one in found])}
+        for i, (name, size) in enumerate(cases)
+    ]
+    told = {"tp_size": TP_SIZE, "launches": options.launches, "repeats": options.repeats}
+    record = told | {"threads": found[0]["threads"], "rows": rows, "environment": environment()}
+    print(json.dumps(rows, indent=1))
     if options.record:
-        found = {"tp_size": TP_SIZE, "repeats": options.repeats, "threads": torch.get_num_threads(), "rows": rows}
-        options.record.write_text(json.dumps(found | {"environment": environment()}, indent=1) + "\n")
+        options.record.write_text(json.dumps(record, indent=1) + "\n")

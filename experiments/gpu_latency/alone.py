@@ -13,55 +13,25 @@ with their 10th and 90th percentile, in milliseconds.
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoConfig
+import yaml
 
+from spd.checkpoint import read_architecture
+from spd.config import ROOT
 from spd.families import family_of
+from spd.gpu.limits import Rates, events_ms
 from spd.gpu.model import Arm, GraphModel
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama2_7b": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                  "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama2_70b": {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-                   "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000},
-    "opt_6.7b": {"model_type": "opt", "hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
-                 "num_attention_heads": 32, "vocab_size": 50272, "word_embed_proj_dim": 4096},
-    "qwen2.5_7b": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
-                   "tie_word_embeddings": False},
-}  # fmt: skip
+MODELS = ("llama2_7b", "llama2_70b", "opt_6.7b", "qwen2.5_7b")
 
 
-def events_ms(run: Any, times: int) -> float:
-    """Milliseconds of one of `times` runs on the GPU, between two events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times
-
-
-def rates() -> tuple[float, float]:
-    """Bytes a second that a copy reads and writes, and floating-point operations a second of a bf16 product."""
-    big = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    to = torch.empty_like(big)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    to.copy_(big)
-    a @ b
-    copy_ms = min(events_ms(lambda: to.copy_(big), 5) for _ in range(3))
-    product_ms = min(events_ms(lambda: a @ b, 10) for _ in range(3))
-    return 2 * big.numel() / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3
-
-
-def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replays: int, limits: Any) -> list[dict]:
+def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replays: int, limits: Rates) -> list[dict]:
     """A row for prefill and decoding, with nothing and with everything dropped."""
-    config = AutoConfig.for_model(**SHAPES[name])
+    given = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())
+    config = read_architecture(given["architecture"])
     begun = time.perf_counter()
     model = GraphModel(
         config, family_of(config), tp_size, 0, batch_size=batch, prompt_length=prompt, cache_length=cache
@@ -77,7 +47,6 @@ def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replay
     torch.cuda.synchronize()
     captured = time.perf_counter()
     weights = sum(block.bytes for block in model.blocks) + model.head.numel() * model.head.element_size()
-    bandwidth, flops = limits
     rows = []
     for decode in phases:
         times: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -91,15 +60,15 @@ def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replay
         in_blocks = sum(block.bytes for block in model.blocks)
         products = (in_blocks * tokens + (weights - in_blocks) * batch) / 2 * 2
         keys_and_values = 2 * sum(k[:, :, :256].numel() * k.element_size() for k, _ in model.cache) if decode else 0
-        floor = 1e3 * max((weights + keys_and_values) / bandwidth, products / flops)
+        floor = limits.floor_ms(weights + keys_and_values, products)
         for arm, taken in times.items():
             low, median, high = np.percentile(taken[enough // 10 :], [10, 50, 90]).round(4)
             rows.append({
                 "model": name, "tp_size": tp_size, "batch_size": batch, "prompt_length": prompt,
                 "phase": "decode at 256" if decode else "prefill", "arm": arm, "median_ms": median, "p10_ms": low,
                 "p90_ms": high, "floor_ms": round(floor, 4), "over_floor": round(median / floor, 3),
-                "weights_gb": round(weights / 1e9, 3), "bandwidth_tb_per_s": round(bandwidth / 1e12, 3),
-                "tflop_per_s": round(flops / 1e12), "build_s": round(built - begun, 1),
+                "weights_gb": round(weights / 1e9, 3), "bandwidth_tb_per_s": round(limits.bandwidth / 1e12, 3),
+                "tflop_per_s": round(limits.flops / 1e12), "build_s": round(built - begun, 1),
                 "compile_and_capture_s": round(captured - built, 1),
                 "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             })  # fmt: skip
@@ -121,7 +90,7 @@ def table(rows: pd.DataFrame) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--tp-size", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", default=["1x128", "1x2048", "16x128"], help="batch size x prompt tokens")
     parser.add_argument("--replays", type=int, default=60)
@@ -131,7 +100,7 @@ if __name__ == "__main__":
     if options.table:
         print(table(pd.read_csv(options.table)))
         raise SystemExit
-    limits, found = rates(), []
+    limits, found = Rates.measured(torch.bfloat16), []
     for name in options.models:
         for shape in options.shapes:
             batch, prompt = map(int, shape.split("x"))

@@ -5,17 +5,24 @@ leaves the sum out: for one rank, and for the ceilings.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from spd.errors import UserError
+from spd.gpu.limits import events_ms
 
 AllReduce = Callable[[Tensor], Tensor]
 """[B, T, D] of one rank -> the sum over ranks; the argument may be overwritten."""
 
 KINDS = ("nccl", "one_shot", "two_shot")
+
+LARGEST_SHARED = 2**24
+"""Bytes of the largest message for which `auto` tries symmetric memory: beyond, NCCL's rings are quicker."""
+
+_CALLS = 20
 
 
 def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> AllReduce:
@@ -64,3 +71,97 @@ def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> A
 def _by_process_group(local: Tensor) -> Tensor:
     dist.all_reduce(local)
     return local
+
+
+def choose(
+    kind: str, sizes: list[int], dtype: torch.dtype, device: torch.device, *, direct_links: bool = True
+) -> tuple[AllReduce, dict[int, dict[str, Any]]]:
+    """The all-reduce to use for each message size, and why.
+
+    All ranks have to call it together.
+
+    Args:
+        kind: one of `KINDS`, or "auto": of those that work here the one measured to be quickest, for each size.
+        sizes: numbers in a message.
+        direct_links: False where an interconnect without them is measured: symmetric memory would use them all the same.
+
+    Returns:
+        The sum, for messages of these sizes; and of each size "kind", "us" (microseconds of each kind that was tried,
+        the slowest rank's, captured in a graph) and "fell_back" (kind -> why it was not tried, or failed).
+
+    Raises:
+        UserError: the kind asked for does not work here, with the reason.
+    """
+    asked = KINDS if kind == "auto" else (kind,)
+    made: dict[int, AllReduce] = {}
+    found: dict[int, dict[str, Any]] = {}
+    for size in sorted(set(sizes)):
+        working: dict[str, AllReduce] = {}
+        us: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        for name in asked:
+            reason = _why_not(name, size * dtype.itemsize, device, direct_links, only=kind != "auto")
+            if reason is None:
+                try:
+                    reduce = make(name, size, dtype, device)
+                    taken = time_us(reduce, size, dtype, device)
+                    reason = None
+                except RuntimeError as error:  # symmetric memory's own, of drivers and topologies
+                    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                reasons: list[str | None] = [None] * dist.get_world_size()
+                dist.all_gather_object(reasons, reason)  # one rank's failure is all ranks' choice
+                reason = next((one for one in reasons if one is not None), None)
+            if reason is None:
+                working[name], us[name] = reduce, round(taken, 2)
+            else:
+                refused[name] = reason
+        if not us:
+            why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            raise UserError(f"latency.all_reduce={kind} does not work here ({why}).")
+        best = min(us, key=us.__getitem__)
+        made[size] = working[best]
+        found[size] = {"kind": best, "us": us, "fell_back": refused}
+
+    def by_size(local: Tensor) -> Tensor:
+        return made[local.numel()](local)
+
+    return by_size, found
+
+
+def _why_not(kind: str, size: int, device: torch.device, direct_links: bool, *, only: bool) -> str | None:
+    """Why a kind is not to be tried for messages of `size` bytes; None where it is."""
+    if kind == "nccl":
+        return None if dist.get_backend() == "nccl" else "ranks share a GPU, which NCCL refuses"
+    if not direct_links:
+        return "this interconnect has no direct links"
+    if size > LARGEST_SHARED and not only:
+        return f"messages above {LARGEST_SHARED >> 20} MiB are left to NCCL"
+    mine: int = device.index
+    far = [
+        other
+        for other in range(torch.cuda.device_count())
+        if other < dist.get_world_size() and other != mine and not torch.cuda.can_device_access_peer(mine, other)
+    ]
+    return f"GPU {mine} cannot read GPU {far[0]}'s memory directly" if far else None
+
+
+def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Microseconds of one all-reduce of `size` numbers among many in a CUDA graph, the slowest rank's."""
+    local = torch.zeros(size, dtype=dtype, device=device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            local = reduce(local)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            local = reduce(local)
+    graph.replay()
+    best = min(events_ms(graph.replay, 1) for _ in range(7)) * 1e3 / _CALLS
+    on = device if dist.get_backend() == "nccl" else "cpu"
+    slowest = torch.tensor(best, dtype=torch.float64, device=on)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)

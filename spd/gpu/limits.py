@@ -1,0 +1,45 @@
+"""What a GPU can do at most, measured where it is needed: the floors that latencies are shown beside."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+def events_ms(run: Callable[[], object], times: int) -> float:
+    """Milliseconds of one of `times` runs on the GPU, between two events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times
+
+
+class Rates(NamedTuple):
+    """Of one GPU."""
+
+    bandwidth: float
+    """Bytes a second that a copy reads and writes."""
+    flops: float
+    """Floating-point operations a second of a large matrix product."""
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype, device: torch.device | str = "cuda") -> "Rates":
+        """The best of three tries each; takes 4 GiB for a moment."""
+        big = torch.empty(2**31, dtype=torch.uint8, device=device)
+        to = torch.empty_like(big)
+        a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in "ab")
+        to.copy_(big)
+        a @ b
+        copy_ms = min(events_ms(lambda: to.copy_(big), 5) for _ in range(3))
+        product_ms = min(events_ms(lambda: a @ b, 10) for _ in range(3))
+        rates = cls(2 * big.numel() / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
+        del big, to, a, b
+        torch.cuda.empty_cache()
+        return rates
+
+    def floor_ms(self, bytes_read: int, operations: float) -> float:
+        """The least that a forward can take: reading its bytes, or its matrix products, whichever is longer."""
+        return 1e3 * max(bytes_read / self.bandwidth, operations / self.flops)

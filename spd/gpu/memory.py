@@ -1,0 +1,89 @@
+"""What a rank needs of its GPU's memory, known before anything is put there."""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from spd.errors import UserError
+from spd.families import Family
+from spd.sharding import Cut, fits_tp_size, is_output
+
+
+class Needed(NamedTuple):
+    """Bytes."""
+
+    weights: int
+    cache: int
+    activations: int
+    """About: what two layers hold at once, and the logits."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = (self.weights, self.cache, self.activations)
+        weights, cache, rest = (f"{part / 1e9:.2f}" for part in parts)
+        return f"{self.total / 1e9:.2f} GB ({weights} of weights, {cache} of keys and values, about {rest} at work)"
+
+
+def needed(
+    config: PretrainedConfig, family: Family, tp_size: int, batch_size: int, prompt_length: int, cache_length: int,
+    dtype: torch.dtype,
+) -> Needed:  # fmt: skip
+    """What one rank of a `GraphModel` needs."""
+    settings: Any = config
+    with torch.device("meta"):
+        whole: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    cut = Cut.of_ranks(family, config, tp_size, [0])
+    layers = f"{family.decoder}.layers."
+    numbers = 0
+    for name, parameter in whole.named_parameters():
+        part = parameter.numel()
+        if name.startswith(layers):
+            inside = name.removeprefix(layers).partition(".")[2]
+            kind = cut.kind(inside)
+            span = cut.span(kind)
+            columns = is_output(kind)
+            if span is not None and not (columns and inside.endswith("bias")):
+                part = part // parameter.shape[1 if columns else 0] * (span[1] - span[0])
+        numbers += part
+    kv_heads = cut.kv_heads[1] - cut.kv_heads[0]
+    cache = 2 * settings.num_hidden_layers * batch_size * kv_heads * cache_length * cut.head_size
+    width = 6 * settings.hidden_size + 3 * (cut.width[1] - cut.width[0])
+    activations = batch_size * (prompt_length * width + 3 * settings.vocab_size)
+    return Needed(*(count * dtype.itemsize for count in (numbers, cache, activations)))
+
+
+def what_fits(
+    free: int, config: PretrainedConfig, family: Family, tp_size: int, batch_size: int, prompt_length: int,
+    cache_length: int, dtype: torch.dtype,
+) -> str:  # fmt: skip
+    """What of the same model would fit into `free` bytes a GPU, as settings to write."""
+
+    def fits(ranks: int, batch: int) -> bool:
+        return needed(config, family, ranks, batch, prompt_length, cache_length, dtype).total < free
+
+    batches = [batch_size >> halvings for halvings in range(1, batch_size.bit_length())]
+    found = [f"latency.batch_size={batch}" for batch in batches if fits(tp_size, batch)][:1]
+    sizes = [2**power for power in range(7) if 2**power > tp_size]
+    found += [f"parallel.tp_size={n}" for n in sizes if fits_tp_size(family, config, n) and fits(n, batch_size)][:1]
+    if not found:
+        least = needed(config, family, tp_size, 1, prompt_length, cache_length, dtype).total
+        return f"nothing of this model fits; one sequence at this tp_size takes {least / 1e9:.1f} GB a GPU"
+    return f"{' or '.join(found)} would fit"
+
+
+def check_memory(rank: int, tp_size: int, device: torch.device, free: int, **shape: Any) -> None:
+    """Raises UserError, with what would fit, unless a rank's part fits into `free` bytes of its GPU.
+
+    `shape` is what `needed` takes beside tp_size.
+    """
+    asked = needed(tp_size=tp_size, **shape)
+    if asked.total > free:
+        raise UserError(
+            f"rank {rank} of {tp_size} needs {asked} and {device} has {free / 1e9:.2f} GB free: "
+            f"{what_fits(free, tp_size=tp_size, **shape)}."
+        )

@@ -1,0 +1,62 @@
+"""The latency step of a point with `latency=gpu`: one session for all drop fractions, and the point's entry of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spd.config import RunConfig
+from spd.gpu.latency import measure_gpu_latency, summarise
+from spd.progress import Display
+from spd.results import Results
+
+
+def gpu_latency(
+    config: RunConfig,
+    results: Results,
+    display: Display,
+    model: Path | dict[str, Any],
+    dropped: Callable[[float], list[int]],
+    log_dir: Path,
+    **parts: Any,
+) -> dict[str, Any]:
+    """The record's latency entry.
+
+    Args:
+        model: as for `measure_gpu_latency`.
+        dropped: fraction -> the blocks dropped.
+        log_dir: where the output of a launch that failed is kept.
+        parts: what determines the session beside the settings: weights and machine.
+    """
+    settings, parallel = config.latency, config.parallel
+    blocks = [dropped(drop) for drop in (0.0, config.drop, *settings.drops)]
+    # By number of blocks: fractions that come to the same blocks are one arm.
+    arms = {str(len(some)): some for some in sorted(blocks, key=len)}
+    asked: dict[str, Any] = {
+        "dtype": config.model.dtype.name,
+        "prompt_length": settings.prompt_length,
+        "decode_at": settings.decode_at or settings.prompt_length,
+        "new_tokens": settings.new_tokens,
+        "batch_size": settings.batch_size,
+        "launches": settings.launches,
+        "repeats": settings.repeats,
+        "warmup": settings.warmup,
+        "all_reduce": settings.all_reduce.name,
+        "interconnect": config.interconnect.name.name,
+        "tp_plan": settings.tp_plan,
+    }
+
+    def measure() -> dict[str, Any]:
+        display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} GPUs")
+        return measure_gpu_latency(
+            model,
+            parallel.tp_size,
+            arms,
+            port=parallel.port,
+            timeout_s=settings.timeout_s,
+            log_dir=log_dir,
+            on_progress=display,
+            **asked,
+        )
+
+    session = results.cached("gpu_latency", {**asked, **parts, "tp_size": parallel.tp_size, "arms": arms}, measure)
+    return summarise(session, arm=str(len(dropped(config.drop))))

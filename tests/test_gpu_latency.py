@@ -1,0 +1,367 @@
+"""`latency=gpu`: what it refuses, what it reports of a session, and, on a GPU, whole sessions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from spd import inputs
+from spd.checkpoint import read_architecture
+from spd.config import ROOT, AllReduceKind, Interconnect, LatencyKind, RunConfig, Strategy, Weights
+from spd.errors import UserError
+from spd.families import family_of
+from spd.gpu import memory
+from spd.gpu.interconnect import ENVIRONMENT
+from spd.gpu.latency import CEILINGS, measure_gpu_latency, summarise
+from spd.gpu.model import GraphModel
+from spd.gpu.profile import Kernel, block_timeline, communication
+from spd.launch import run_ranks
+from spd.results import Results
+from spd.steps import RandomSteps
+
+REFERENCE = ROOT / "experiments/reference/models/ref_llama"
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
+
+PARAMETERS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "opt_6.7b": 6_658_473_984,
+    "opt_13b": 12_853_473_280,
+    "opt_30b": 29_974_540_288,
+    "opt_66b": 65_719_701_504,
+    "qwen2.5_7b": 7_615_616_512,
+}
+
+
+def architecture(name: str) -> dict:
+    return yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())["architecture"]
+
+
+SMALL = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8,
+              "num_key_value_heads": 2, "vocab_size": 50},
+    "qwen2": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 4, "vocab_size": 50, "tie_word_embeddings": True},
+    "opt": {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50,
+            "word_embed_proj_dim": 64, "max_position_embeddings": 64},
+}  # fmt: skip
+
+
+def random_config(**changes) -> RunConfig:
+    config = RunConfig(weights=Weights.random)
+    config.latency.name = LatencyKind.gpu
+    config.model.architecture = {"model_type": "llama", **SMALL["llama"]}
+    config.parallel.tp_size = 2
+    for name, value in changes.items():
+        holder, _, last = name.rpartition("__")
+        setattr(getattr(config, holder) if holder else config, last, value)
+    return config
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_published_size_has_as_many_parameters_as_the_original(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_architecture(architecture(name)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("model_type", SMALL)
+def test_what_a_rank_is_said_to_need_is_what_its_model_holds(model_type: str, tp_size: int) -> None:
+    config = read_architecture({"model_type": model_type, **SMALL[model_type]})
+    family = family_of(config)
+    model = GraphModel(
+        config, family, tp_size, 0, batch_size=3, prompt_length=7, cache_length=16, device="cpu", compiled=False
+    )
+    said = memory.needed(config, family, tp_size, 3, 7, 16, torch.bfloat16)
+    assert said.cache == sum(cache.nbytes for pair in model.cache for cache in pair)
+    outside = [model.embedding, *model.final_norm, model.positions]
+    outside += [] if model.head is model.embedding else [model.head]
+    # OPT's table of positions has two rows that no position uses.
+    unused = 2 * 64 * 2 if model_type == "opt" else 0
+    held = sum(tensor.nbytes for tensor in outside if tensor is not None)
+    assert said.weights == held + sum(block.bytes for block in model.blocks) + unused
+
+
+def test_a_model_too_large_for_its_gpu_is_refused_with_what_would_fit() -> None:
+    config = read_architecture(architecture("llama2_70b"))
+    shape = {"config": config, "family": family_of(config), "prompt_length": 128, "cache_length": 512}
+    shape |= {"dtype": torch.bfloat16, "batch_size": 16}
+    with pytest.raises(UserError) as refused:
+        memory.check_memory(1, 2, torch.device("cuda", 1), int(71e9), **shape)
+    said = str(refused.value)
+    assert said.startswith("rank 1 of 2 needs 71.22 GB")
+    assert "of weights" in said
+    assert "cuda:1 has 71.00 GB free" in said
+    assert "latency.batch_size=8 or parallel.tp_size=4 would fit" in said
+    with pytest.raises(UserError, match="nothing of this model fits; one sequence at this tp_size takes 69"):
+        memory.check_memory(0, 2, torch.device("cuda", 0), int(1e9), **shape)
+    memory.check_memory(0, 2, torch.device("cuda", 0), int(80e9), **shape)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_gpus_is_told_before_any_work() -> None:
+    with pytest.raises(
+        UserError, match=r"latency=gpu needs a GPU for each of parallel.tp_size=2 ranks, and torch sees 0"
+    ):
+        inputs.check(random_config())
+    config = RunConfig()
+    config.latency.name, config.model.path = LatencyKind.gpu, "nowhere/at all"
+    with pytest.raises(UserError, match="torch sees 0"):
+        inputs.check(config)
+    with pytest.raises(UserError, match="torch sees 0"):
+        measure_gpu_latency(REFERENCE, 2, {"0": []}, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"latency__name": LatencyKind.none}, "write latency=gpu"),
+        ({"model__architecture": {}}, "needs model.architecture"),
+        ({"weights": Weights.checkpoint}, "model.path is empty"),
+        ({"interconnect__name": Interconnect.lbw, "latency__all_reduce": AllReduceKind.one_shot}, "all_reduce=nccl"),
+        ({"strategy__name": Strategy.zs_correction}, "has no corrections; write latency=cpu"),
+        ({"latency__decode_at": 0}, "latency.decode_at=0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict, said: str) -> None:
+    random_config().check()
+    with pytest.raises(UserError, match=said):
+        random_config(**changes).check()
+
+
+def test_a_slower_interconnect_is_only_between_gpus() -> None:
+    config = RunConfig()
+    config.model.path, config.interconnect.name = "a/b", Interconnect.lbw
+    with pytest.raises(UserError, match="interconnect=lbw is between GPUs; write latency=gpu"):
+        config.check()
+
+
+def test_an_architecture_that_cannot_be_is_named() -> None:
+    with pytest.raises(UserError, match="The model family 'gpt9' is not known"):
+        read_architecture({"model_type": "gpt9"})
+    with pytest.raises(UserError, match=r"model\.architecture is no llama config"):
+        read_architecture({"model_type": "llama", "hidden_size": "wide"})
+
+
+def test_positions_beyond_the_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        UserError, match=r"latency.decode_at \+ latency.new_tokens is 2008, and model takes 64 positions"
+    ):
+        inputs.check(
+            random_config(
+                model__architecture={"model_type": "opt", **SMALL["opt"]},
+                latency__decode_at=2000,
+                latency__prompt_length=8,
+            )
+        )
+
+
+def test_random_weights_drop_the_last_blocks_and_read_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    config = random_config(drop=0.5)
+    inputs.check(config)
+    point = RandomSteps(config, Results(tmp_path), None)
+    assert point.plan(0.0).dropped == []
+    assert point.plan(0.5).dropped == [1, 2]
+    assert point.plan(1.0).dropped == [0, 1, 2]
+    other = random_config(drop=0.5)
+    other.data.path, other.seed = "elsewhere.txt", 5
+    assert RandomSteps(other, Results(tmp_path), None).key == point.key
+    other.interconnect.name = Interconnect.lbw
+    assert RandomSteps(other, Results(tmp_path), None).key != point.key
+
+
+def test_ranks_have_what_an_interconnect_tells_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "told.py").write_text("import os\ndef told(settings, on_progress):\n    return dict(os.environ)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ENVIRONMENT["native"] == {}
+    for name, environment in ENVIRONMENT.items():
+        found = run_ranks("told:told", {}, tp_size=1, environment=environment)
+        assert {
+            key: value for key, value in found.items() if key.startswith("NCCL_P2P") or key.startswith("NCCL_SHM")
+        } == (environment), name
+
+
+# Kernels of one forward of two blocks: the first TP, the second dropped; 10 us each, 2 us between.
+KERNELS = [
+    Kernel(name, 12.0 * place, 12.0 * place + 10)
+    for place, name in enumerate(
+        [
+            "qkv",
+            "ncclDevKernel_AllReduce_Sum",
+            "mlp",
+            "one_shot_all_reduce_kernel",
+            "qkv",
+            "mlp",
+            "two_shot_all_reduce_",
+            "head",
+        ]
+    )
+]
+
+
+def test_the_share_of_communication_is_that_of_its_kernels_time() -> None:
+    found = communication(KERNELS)
+    assert found == {"share": round(30 / 94, 4), "overlap": 0.0, "busy": round(80 / 94, 4)}
+    beside = [*KERNELS, Kernel("more", 12.0, 17.0)]
+    assert communication(beside) == {"share": round(30 / 94, 4), "overlap": round(5 / 30, 4), "busy": round(80 / 94, 4)}
+    assert communication([]) is None
+    assert communication(KERNELS[:1])["share"] == 0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 50), st.integers(1, 20)), min_size=1))
+def test_shares_are_what_counting_microseconds_gives(parts: list[tuple[bool, int, int]]) -> None:
+    kernels = [Kernel("nccl" if talks else "mm", start, start + length) for talks, start, length in parts]
+    first, last = min(k.start_us for k in kernels), max(k.end_us for k in kernels)
+    talking = {t for k in kernels if k.communicates for t in range(int(k.start_us), int(k.end_us))}
+    working = {t for k in kernels if not k.communicates for t in range(int(k.start_us), int(k.end_us))}
+    found = communication(kernels)
+    assert found["share"] == pytest.approx(len(talking) / (last - first), abs=1e-4)
+    assert found["busy"] == pytest.approx(len(talking | working) / (last - first), abs=1e-4)
+    assert found["overlap"] == pytest.approx(len(talking & working) / max(1, len(talking)), abs=1e-4)
+
+
+def test_a_blocks_timeline_goes_from_the_sum_before_it_to_its_own() -> None:
+    found = block_timeline(KERNELS, 1, frozenset({1}))
+    assert [kernel["name"] for kernel in found] == ["qkv", "mlp", "two_shot_all_reduce_"]
+    assert [kernel["start_us"] for kernel in found] == [2, 14, 26]
+    assert [kernel["communicates"] for kernel in found] == [False, False, True]
+    assert block_timeline([kernel for kernel in KERNELS if not kernel.communicates], 1, frozenset()) == []
+
+
+def invented_session(launches: int = 5) -> dict:
+    """Times without noise but for a launch's own pace: 50 % dropped saves 10 %, the ceiling 20 %."""
+    paces = [1 + launch / 10 for launch in range(launches)]
+    of = {"0": 10.0, "6": 9.0, "no_attention_all_reduce": 8.0, "no_all_reduce": 6.0}
+    times = {arm: [[pace * ms * wobble for wobble in (0.9, 1, 1.1)] for pace in paces] for arm, ms in of.items()}
+    each = {metric: {arm: ms / 2 for arm, ms in of.items()} for metric in ("ttft_ms", "tpot_ms")}
+    shares = {m: {arm: {"share": ms / 100, "overlap": 0.0, "busy": 1.0} for arm, ms in of.items()} for m in each}
+    settings = {"source": "measured", "backend": "nccl", "device": "cuda", "launches": launches, "repeats": 3}
+    settings |= {"prompt_length": 128, "decode_at": 256, "batch_size": 4, "new_tokens": 8, "dtype": "bfloat16"}
+    return settings | {
+        "interconnect": "native",
+        "ceilings": list(CEILINGS),
+        "ttft_ms": times,
+        "tpot_ms": times,
+        **{name: [None] * launches for name in ("peak_memory_gb", "rates", "link", "all_reduce")},
+        "tp_plan": None,
+        "floor_ms": [each] * launches,
+        "communication": [shares] * launches,
+    }
+
+
+def test_a_session_is_reported_with_intervals_ceilings_and_floors() -> None:
+    found = summarise(invented_session(), "6")
+    assert found["ttft_ms"]["median"] == pytest.approx(9 * 1.2)
+    assert 9 <= found["ttft_ms"]["low"] < 10.8 < found["ttft_ms"]["high"] <= 9 * 1.4
+    assert found["ttft_ms"]["p10"] < found["ttft_ms"]["low"]
+    # A launch's own pace falls out of the speed-up.
+    assert found["ttft_speedup_percent"] == pytest.approx({"median": 10, "low": 10, "high": 10})
+    assert found["ceilings"]["tpot_ms"]["no_all_reduce"]["median"] == pytest.approx(40)
+    assert found["fraction_of_ceiling"] == pytest.approx({"ttft_ms": 0.5, "tpot_ms": 0.5})
+    assert found["over_floor"]["ttft_ms"] == pytest.approx(10.8 / 4.5)
+    assert found["communication"]["tpot_ms"]["before"]["share"] == 0.1
+    assert found["communication"]["tpot_ms"]["after"]["share"] == 0.09
+    assert found["tokens_per_s"] == pytest.approx(4000 / 10.8)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_transformers_times_are_beside_the_arms() -> None:
+    session = invented_session()
+    session["tp_plan"] = {metric: [[40.0, 45.0, 60.0]] * 5 for metric in ("ttft_ms", "tpot_ms")}
+    found = summarise(session, "6")["tp_plan"]
+    assert found["ttft_ms"]["median"] == 45
+    assert found["times_ours"]["ttft_ms"]["median"] == pytest.approx(45 / 10.8)
+    assert "tp_plan" not in summarise(invented_session(), "6")
+
+
+def test_transformers_has_no_tensor_parallelism_for_opt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="transformers has no tp_plan for opt"):
+        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, **SETTINGS, tp_plan=True)
+
+
+def test_fewer_than_three_launches_have_no_interval() -> None:
+    found = summarise(invented_session(2), "6")
+    assert found["confidence"] is None
+    assert found["tpot_ms"]["low"] is None
+    assert found["tpot_ms"]["median"] == pytest.approx(9 * 1.05)
+
+
+SETTINGS = {
+    "dtype": "bfloat16", "prompt_length": 32, "decode_at": 64, "new_tokens": 4, "batch_size": 2, "launches": 1,
+    "repeats": 4, "warmup": 1, "all_reduce": "auto", "interconnect": "native", "timeout_s": 300,
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_one_gpu_gives_a_whole_session() -> None:
+    seen: list[tuple[int, int]] = []
+    session = measure_gpu_latency(
+        REFERENCE, 1, {"0": [], "6": [0, 1, 2, 3, 4, 5]}, **SETTINGS, on_progress=lambda *done: seen.append(done)
+    )
+    assert seen[-1] == (4, 4)
+    found = summarise(session, "6")
+    for metric in ("ttft_ms", "tpot_ms"):
+        assert 0 < found["floor_ms"][metric] < found[metric]["median"] < 100
+        assert found["communication"][metric]["before"]["share"] == 0
+        assert found["communication"][metric]["before"]["busy"] > 0.1
+    assert found["peak_memory_gb"] > 0.01
+    assert found["all_reduce"] == {}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("model", [REFERENCE, {"model_type": "llama", **SMALL["llama"]}], ids=["checkpoint", "random"])
+def test_transformers_own_tensor_parallelism_is_timed_beside_the_arms(model: Path | dict) -> None:
+    session = measure_gpu_latency(model, 1, {"0": []}, **SETTINGS, tp_plan=True)
+    found = summarise(session, "0")["tp_plan"]
+    for metric in ("ttft_ms", "tpot_ms"):
+        assert found[metric]["median"] > 0
+        assert found["times_ours"][metric]["median"] > 1
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_two_ranks_sum_with_the_quickest_kind_that_works_and_say_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both ranks on one GPU, which NCCL refuses: everything is right but the times.
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    everything = list(range(12))
+    session = measure_gpu_latency(REFERENCE, 2, {"0": [], "12": everything}, **SETTINGS, devices=[0, 0])
+    found = summarise(session, "12")
+    for metric in ("ttft_ms", "tpot_ms"):
+        chosen = found["all_reduce"][metric]
+        assert chosen["kind"] == min(chosen["us"], key=chosen["us"].get)
+        assert "NCCL refuses" in chosen["fell_back"]["nccl"]
+        shares = session["communication"][0][metric]
+        assert shares["0"]["share"] > shares["12"]["share"] > 0
+        assert shares["no_all_reduce"]["share"] == 0
+        timelines = session["timeline"][0][metric]
+        assert sum(kernel["communicates"] for kernel in timelines["0"]) == 2
+        assert sum(kernel["communicates"] for kernel in timelines["12"]) == 1
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_model_that_does_not_fit_is_refused_by_its_rank() -> None:
+    with pytest.raises(UserError, match=r"rank 0 of 1 needs .* GB free: .*would fit"):
+        measure_gpu_latency(
+            architecture("llama2_70b"), 1, {"0": []}, **SETTINGS | {"batch_size": 128, "decode_at": 3000}
+        )
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_an_all_reduce_that_does_not_work_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"latency\.all_reduce=nccl does not work here .*share a GPU"):
+        measure_gpu_latency(REFERENCE, 2, {"0": []}, **SETTINGS | {"all_reduce": "nccl"}, devices=[0, 0])
