@@ -436,8 +436,8 @@ class RunConfig:
             _need(gpu, f"interconnect={name.name} is between GPUs; write latency=gpu, or interconnect=native.")
             _need(
                 self.latency.all_reduce in (AllReduceKind.auto, AllReduceKind.nccl),
-                f"latency.all_reduce={self.latency.all_reduce.name} goes over direct links, and interconnect={name.name} "
-                "is without; write latency.all_reduce=nccl.",
+                f"latency.all_reduce={self.latency.all_reduce.name} goes over direct links, and "
+                f"interconnect={name.name} is without; write latency.all_reduce=nccl.",
             )
         _need(gpu or not self.latency.tp_plan, "latency.tp_plan=true is an arm of GPUs; write latency=gpu.")
         _need(

@@ -53,6 +53,7 @@ def options(group: str) -> list[str]:
 )
 def test_every_option_in_conf_composes_to_the_schema(group: str, option: str, texts: list[str]) -> None:
     path = ["model.path=somewhere"] if option == "custom" else []
+    path += ["latency=gpu"] if option in ("lbw", "socket") else []
     config = to_dict(composed([*texts, f"{group}={option}", *path]))
     assert config[group]["name"] == option
 

@@ -83,7 +83,7 @@ def choose(
     Args:
         kind: one of `KINDS`, or "auto": of those that work here the one measured to be quickest, for each size.
         sizes: numbers in a message.
-        direct_links: False where an interconnect without them is measured: symmetric memory would use them all the same.
+        direct_links: False where an interconnect without them is measured: symmetric memory would still use them.
 
     Returns:
         The sum, for messages of these sizes; and of each size "kind", "us" (microseconds of each kind that was tried,

@@ -72,13 +72,13 @@ def measure_gpu_latency(
         all_reduce: nccl, one_shot, two_shot or auto (`spd.gpu.all_reduce.choose`).
         interconnect: native, lbw or socket (`spd.gpu.interconnect.ENVIRONMENT`).
         tp_plan: whether to time transformers' own tensor parallelism too, in a launch after each of these.
-        devices: of each rank, by default 0 to tp_size - 1. Ranks that share a GPU (all_reduce one_shot or two_shot, with
-            TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing.
+        devices: of each rank, by default 0 to tp_size - 1. Ranks that share a GPU (all_reduce one_shot or two_shot,
+            with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing.
 
     Returns:
         The session: its settings, "arms" and "ceilings"; for ttft_ms and tpot_ms `{arm: [[milliseconds of each repeat]
-        of each launch]}`; "tp_plan", the same of transformers, or None; and of each launch what `spd.gpu.rank.measure_rank` found beside the times. Give it to
-        `summarise`.
+        of each launch]}`; "tp_plan", the same of transformers, or None; and of each launch what
+        `spd.gpu.rank.measure_rank` found beside the times. Give it to `summarise`.
 
     Raises:
         UserError: there are too few GPUs, a rank's part does not fit, or the all-reduce asked for does not work here.
@@ -159,8 +159,9 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
     launch in percent. "median" is over launches, "low" to "high" its bootstrap interval (None with fewer than three
     launches), "p10" to "p90" over all repeats of all launches. "ceilings" are the speed-ups of the ceilings, and
     "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where that saves
-    nothing). "tp_plan" has transformers' own times and how often the arm's they are. "floor_ms", "over_floor", "communication" (of the baseline, and of the arm), "all_reduce", "link",
-    "rates" and "peak_memory_gb" are the first launch's.
+    nothing). "tp_plan" has transformers' own times, and how many times the arm's they are. "floor_ms", "over_floor",
+    "communication" (of the baseline, and of the arm), "all_reduce", "link", "rates" and "peak_memory_gb" are the first
+    launch's.
     """
     import numpy as np
 

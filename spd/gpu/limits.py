@@ -28,6 +28,12 @@ class Rates(NamedTuple):
     @classmethod
     def measured(cls, dtype: torch.dtype, device: torch.device | str = "cuda") -> "Rates":
         """The best of three tries each; takes 4 GiB for a moment."""
+        rates = cls._measured(dtype, device)
+        torch.cuda.empty_cache()
+        return rates
+
+    @classmethod
+    def _measured(cls, dtype: torch.dtype, device: torch.device | str) -> "Rates":
         big = torch.empty(2**31, dtype=torch.uint8, device=device)
         to = torch.empty_like(big)
         a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in "ab")
@@ -35,10 +41,7 @@ class Rates(NamedTuple):
         a @ b
         copy_ms = min(events_ms(lambda: to.copy_(big), 5) for _ in range(3))
         product_ms = min(events_ms(lambda: a @ b, 10) for _ in range(3))
-        rates = cls(2 * big.numel() / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
-        del big, to, a, b
-        torch.cuda.empty_cache()
-        return rates
+        return cls(2 * big.numel() / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
 
     def floor_ms(self, bytes_read: int, operations: float) -> float:
         """The least that a forward can take: reading its bytes, or its matrix products, whichever is longer."""

@@ -1,4 +1,4 @@
-"""One rank of one launch of `latency=gpu`: builds its part of the model, captures every arm, and times them in turns."""
+"""One rank of one launch of `latency=gpu`: builds its part of the model, captures every arm, times them in turns."""
 
 import os
 import time

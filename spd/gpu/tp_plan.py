@@ -1,4 +1,4 @@
-"""transformers' own tensor parallelism (`tp_plan="auto"`), as an arm of latency=gpu: what a user of it leaves behind."""
+"""transformers' own tensor parallelism (`tp_plan="auto"`), an arm of latency=gpu: what its users leave behind."""
 
 import os
 import shutil
@@ -37,6 +37,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, l
     dtype = getattr(torch, settings["dtype"])
     with _checkpoint(settings, dtype, device) as folder:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=dtype)
+        model.to(device)  # where there is one rank only, nothing has put it there
     batch = settings["batch_size"]
 
     def forward(tokens: Tensor, cache: DynamicCache) -> Tensor:
