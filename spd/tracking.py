@@ -30,7 +30,7 @@ def log_point(record: Record, config: RunConfig) -> None:
     """
     if config.tracker.name is Tracker.none or record["key"] is None:
         return
-    inputs = {**record["config"], "weights": record["weights"], "environment": record["environment"]}
+    inputs = {**record["config"], "fingerprint": record["weights"], "environment": record["environment"]}
     run_id = f"point-{digest([record['key'], config.sweep])[:24]}"
     with _run(config, run_id, point_name(record), "point", inputs) as run:
         run.log(numbers(record))
@@ -53,7 +53,7 @@ def log_sweep(records: list[Record], csv_path: Path, png_path: Path, config: Run
 
     points = to_frame(records)
     inputs = {**to_dict(config), "drop": sorted({record["config"]["drop"] for record in records})}
-    inputs["weights"] = sorted({record["weights"] for record in records if record["weights"]})
+    inputs["fingerprint"] = sorted({record["weights"] for record in records if record["weights"]})
     with _run(config, f"sweep-{digest(config.sweep)[:24]}", f"sweep {config.sweep}", "sweep", inputs) as run:
         logged: dict[str, Any] = {"all_points": wandb.Table(dataframe=points.astype({"drop": float}))}
         for x, label in (("ttft_speedup_percent", "accuracy against latency"), ("drop", "accuracy against drop")):

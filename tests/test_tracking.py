@@ -68,7 +68,7 @@ def test_a_point_becomes_one_run_with_its_config_and_its_numbers(config: RunConf
     assert run.run.job_type == "point"
     for section, values in to_dict(config).items():
         assert run.config[section] == values
-    assert run.config["weights"] == "cafe"
+    assert run.config["fingerprint"] == "cafe"
     assert run.config["environment"]["versions"] == {"torch": "2.13"}
     assert run.summary["perplexity"] == 3.5
     assert run.summary["accuracy/mean"] == 0.675

@@ -1,11 +1,11 @@
 """Latencies of `latency=gpu` as one CSV: shapes, interconnects, arms, ceilings, floors and shares of communication.
 
-    python -m experiments.gpu_latency.measure --models llama2_7b --tp-size 2 --interconnects native lbw --tp-plan --record x.csv
+    python -m experiments.gpu_latency.measure --models llama2_7b --tp-size 2 --interconnects native --record x.csv
 
     python -m experiments.gpu_latency.measure --table x.csv      # as Markdown
 
-What `python run.py experiment=gpu_latency` measures, for machines that have neither Hydra nor lm-eval. Weights are random.
-A row is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
+What `python run.py experiment=gpu_latency` measures, for machines that have neither Hydra nor lm-eval. Weights are
+random. A row is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
 """
 
 import argparse
