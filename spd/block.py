@@ -114,8 +114,8 @@ class Block(nn.Module):
     def _spd_local(self, residual: Tensor, heads: Tensor, *known: Tensor) -> Tensor:
         """`sum_i(P_i + MLP_i(norm2(U_i)))` [B, T, D] over this process's ranks, from what `_seen` gives."""
         partials = self.partials(heads)
-        output = self.mlp_output.total(self.mlp(self.norm2(self._u(residual, partials, *known))))
-        return output + (partials[0] if len(partials) == 1 else partials.sum(0))
+        attended = partials[0] if len(partials) == 1 else partials.sum(0)
+        return attended + self.mlp_output.total(self.mlp(self.norm2(self._u(residual, partials, *known))))
 
     def mlp_inputs(self, x: Tensor, heads: Tensor, **inputs: Any) -> Tensor:
         """`U_i` [n, B, T, D] of every rank of this process."""
@@ -135,13 +135,13 @@ class Block(nn.Module):
     def _u(
         self, residual: Tensor, partials: Tensor, normed: Tensor | None = None, before: Tensor | None = None
     ) -> Tensor:
-        """`U_i` [n, B, T, D] from `X + b` [B, T, D], the partial sums `P_i`
-        [n, B, T, D], and for a correction `norm1(X)` [B, T, D] and that of the token before."""
+        """`U_i` [n, B, T, D] from `X + b` [B, T, D], the partial sums `P_i` [n, B, T, D], which several ranks' are
+        written over, and for a correction `norm1(X)` [B, T, D] and that of the token before."""
         if self.correction is not None:
             assert normed is not None
             with_missing = (p + self.correction(rank, normed, p, before) for rank, p in enumerate(partials))
             partials = torch.stack(list(with_missing))
-        return residual + partials
+        return partials.add_(residual) if len(partials) > 1 else residual + partials
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, T, ...] by tokens, [1, t, ...]: on a GPU all at once.
@@ -151,7 +151,8 @@ class Block(nn.Module):
         n, tokens = len(self.ranks.local), x.flatten(0, 1).unsqueeze(0)
         if n == 1 or x.device.type != "cpu":
             return (tokens,)
-        return tokens.split(max(1, PIECE // (n * self.mlp_output.out_features)), dim=1)
+        most = max(1, PIECE // (n * self.mlp_output.out_features))
+        return tokens.chunk(-(-tokens.shape[1] // most), dim=1)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

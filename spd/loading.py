@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from spd.allocator import keep_freed_memory
 from spd.checkpoint import Checkpoint, parse_dtype, read_config, resolve
 from spd.errors import UserError
 from spd.families import family_of
@@ -59,6 +60,8 @@ def load(
     if plan is not None:
         plan.check_fits(model)
         model.take_over(plan)
+    if where.type == "cpu":
+        keep_freed_memory()
     return model
 
 
