@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from experiments.gpu_latency.measure import rows_of, table
 from spd import inputs
 from spd.checkpoint import read_architecture
 from spd.config import ROOT, AllReduceKind, Interconnect, LatencyKind, RunConfig, Strategy, Weights
@@ -17,7 +19,7 @@ from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import memory
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.gpu.latency import CEILINGS, measure_gpu_latency, summarise
+from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, summarise
 from spd.gpu.model import GraphModel
 from spd.gpu.profile import Kernel, block_timeline, communication
 from spd.launch import run_ranks
@@ -116,7 +118,7 @@ def test_a_machine_without_gpus_is_told_before_any_work() -> None:
     with pytest.raises(UserError, match="torch sees 0"):
         inputs.check(config)
     with pytest.raises(UserError, match="torch sees 0"):
-        measure_gpu_latency(REFERENCE, 2, {"0": []}, **SETTINGS)
+        measure_gpu_latency(REFERENCE, 2, {"0": []}, [SHAPE], **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,8 @@ def invented_session(launches: int = 5) -> dict:
         "ceilings": list(CEILINGS),
         "ttft_ms": times,
         "tpot_ms": times,
-        **{name: [None] * launches for name in ("peak_memory_gb", "rates", "link", "all_reduce")},
+        **{name: [None] * launches for name in ("rates", "link", "all_reduce")},
+        "peak_memory_gb": [7.0] * launches,
         "tp_plan": None,
         "floor_ms": [each] * launches,
         "communication": [shares] * launches,
@@ -271,7 +274,9 @@ def test_a_session_is_reported_with_intervals_ceilings_and_floors() -> None:
     assert found["over_floor"]["ttft_ms"] == pytest.approx(10.8 / 4.5)
     assert found["communication"]["tpot_ms"]["before"]["share"] == 0.1
     assert found["communication"]["tpot_ms"]["after"]["share"] == 0.09
-    assert found["tokens_per_s"] == pytest.approx(4000 / 10.8)
+    assert found["tokens_per_s"]["median"] == pytest.approx(4000 / 10.8)
+    assert found["peak_memory_gb"] == {"median": 7, "low": 7, "high": 7, "p10": 7, "p90": 7}
+    assert found["blocks_ms"] is None
     assert json.loads(json.dumps(found)) == found
 
 
@@ -287,7 +292,7 @@ def test_transformers_times_are_beside_the_arms() -> None:
 def test_transformers_has_no_tensor_parallelism_for_opt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="transformers has no tp_plan for opt"):
-        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, **SETTINGS, tp_plan=True)
+        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, [SHAPE], **SETTINGS, tp_plan=True)
 
 
 def test_fewer_than_three_launches_have_no_interval() -> None:
@@ -298,25 +303,108 @@ def test_fewer_than_three_launches_have_no_interval() -> None:
 
 
 SETTINGS = {
-    "dtype": "bfloat16", "prompt_length": 32, "decode_at": 64, "new_tokens": 4, "batch_size": 2, "launches": 1,
-    "repeats": 4, "warmup": 1, "all_reduce": "auto", "interconnect": "native", "timeout_s": 300,
+    "dtype": "bfloat16", "new_tokens": 4, "launches": 1, "warmup": 1, "all_reduce": "auto", "interconnect": "native",
+    "timeout_s": 300,
 }  # fmt: skip
+SHAPE = Shape(batch_size=2, prompt_length=32, decode_at=64, repeats=4)
+
+
+@pytest.fixture(scope="module")
+def sessions() -> tuple[list[dict], list[tuple[int, int]]]:
+    """Two CPU ranks over gloo, two launches of two shapes; nothing is compiled or captured."""
+    seen: list[tuple[int, int]] = []
+    shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=20, repeats=2)]
+    found = measure_gpu_latency(
+        {"model_type": "llama", **SMALL["llama"]}, 2, {"0": [], "3": [0, 1, 2]}, shapes, devices=["cpu", "cpu"],
+        blocks_alone=True, on_progress=lambda *done: seen.append(done), **SETTINGS | {"launches": 2}
+    )  # fmt: skip
+    return found, seen
+
+
+def test_a_launch_times_every_phase_of_every_arm_at_every_shape(sessions: tuple[list[dict], list]) -> None:
+    found, seen = sessions
+    assert seen[-1] == (12, 12)
+    for session, repeats in zip(found, (4, 2), strict=True):
+        for phase in ("ttft_ms", "tpot_ms", *BLOCKS):
+            assert set(session[phase]) == {"0", "3", *CEILINGS}
+            for launches in session[phase].values():
+                assert [len(times) for times in launches] == [repeats, repeats]
+                assert all(ms > 0 for times in launches for ms in times)
+    assert [session["batch_size"] for session in found] == [2, 1]
+    assert found[0]["launch_s"] == found[1]["launch_s"]
+
+
+def test_a_sessions_floor_counts_bytes_products_and_every_all_reduce(sessions: tuple[list[dict], list]) -> None:
+    session = sessions[0][0]
+    reduce_ms = session["all_reduce"][0]["tpot_ms"]["us"]["nccl"] / 1e3
+    floors = session["floor_ms"][0]["tpot_ms"]
+    per_forward = {"0": 6, "3": 3, "no_attention_all_reduce": 3, "no_all_reduce": 0}
+    for arm, number in per_forward.items():
+        assert floors[arm] - floors["no_all_reduce"] == pytest.approx(number * reduce_ms, abs=2e-4)
+    assert floors["no_all_reduce"] > 0
+    fell_back = session["all_reduce"][0]["tpot_ms"]["fell_back"]
+    assert fell_back == {"one_shot": "there is no GPU", "two_shot": "there is no GPU"}
+
+
+def test_a_session_has_an_entry_for_every_arm(sessions: tuple[list[dict], list]) -> None:
+    for session in sessions[0]:
+        found = summarise(session, "3")
+        assert found["blocks_ms"]["ttft_ms"]["median"] < found["ttft_ms"]["median"] * 1.5
+        assert found["tokens_per_s"]["p10"] <= found["tokens_per_s"]["median"] <= found["tokens_per_s"]["p90"]
+        assert found["communication"]["ttft_ms"] == {"before": None, "after": None}  # kernels are a GPU's
+        assert json.loads(json.dumps(found)) == found
+
+
+def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list[dict], list]) -> None:
+    rows = pd.DataFrame([row for session in sessions[0] for row in rows_of(session, 3, model="small")])
+    assert len(rows) == 2 * 2 * 4
+    assert set(rows["drop"].dropna()) == {0, 1}
+    assert (rows["median_ms"] > rows["floor_ms"]).all()
+    shown = table(rows)
+    assert "| small | 2 | native | 2 | prefill 32 |" in shown
+    assert "| 0 % | 100 % | no attention all-reduce | no all-reduce |" in shown
+
+
+def test_transformers_own_ranks_are_timed_in_launches_of_their_own() -> None:
+    model = {"model_type": "llama", **SMALL["llama"]}
+    (session,) = measure_gpu_latency(
+        model, 2, {"0": []}, [SHAPE], devices=["cpu", "cpu"], tp_plan=True, **SETTINGS | {"dtype": "float32"}
+    )
+    assert [len(times) for times in session["tp_plan"]["ttft_ms"]] == [4]
+    assert summarise(session, "0")["tp_plan"]["times_ours"]["tpot_ms"]["median"] > 0
+    last = pd.DataFrame(rows_of(session, 3, model="small")).iloc[-1]
+    assert last["arm"] == "tp_plan"
+    assert last["median_ms"] > 0
+    assert pd.isna(last["floor_ms"])
+
+
+@pytest.mark.parametrize(
+    ("at", "prompt", "reach", "cache"), [(256, 128, 384, 384), (256, 2048, 384, 2048), (2048, 2048, 2176, 2176)]
+)
+def test_decoding_looks_no_further_than_its_position(at: int, prompt: int, reach: int, cache: int) -> None:
+    shape = Shape(1, prompt, decode_at=at, repeats=1)
+    assert (shape.reach(8), shape.cache_length(8)) == (reach, cache)
 
 
 @pytest.mark.gpu
 @on_gpu
 def test_one_gpu_gives_a_whole_session() -> None:
     seen: list[tuple[int, int]] = []
-    session = measure_gpu_latency(
-        REFERENCE, 1, {"0": [], "6": [0, 1, 2, 3, 4, 5]}, **SETTINGS, on_progress=lambda *done: seen.append(done)
-    )
-    assert seen[-1] == (4, 4)
+    arms = {"0": [], "6": [0, 1, 2, 3, 4, 5]}
+    session, longer = measure_gpu_latency(
+        REFERENCE, 1, arms, [SHAPE, Shape(1, 200, 20, 3)], **SETTINGS, blocks_alone=True,
+        on_progress=lambda *done: seen.append(done)
+    )  # fmt: skip
+    assert seen[-1] == (7, 7)
+    for one in (session, longer):
+        whole = summarise(one, "6")
+        assert all(whole["blocks_ms"][metric]["median"] < whole[metric]["median"] for metric in whole["blocks_ms"])
     found = summarise(session, "6")
     for metric in ("ttft_ms", "tpot_ms"):
         assert 0 < found["floor_ms"][metric] < found[metric]["median"] < 100
         assert found["communication"][metric]["before"]["share"] == 0
         assert found["communication"][metric]["before"]["busy"] > 0.1
-    assert found["peak_memory_gb"] > 0.01
+    assert found["peak_memory_gb"]["median"] > 0.01
     assert found["all_reduce"] == {}
 
 
@@ -324,7 +412,7 @@ def test_one_gpu_gives_a_whole_session() -> None:
 @on_gpu
 @pytest.mark.parametrize("model", [REFERENCE, {"model_type": "llama", **SMALL["llama"]}], ids=["checkpoint", "random"])
 def test_transformers_own_tensor_parallelism_is_timed_beside_the_arms(model: Path | dict) -> None:
-    session = measure_gpu_latency(model, 1, {"0": []}, **SETTINGS, tp_plan=True)
+    (session,) = measure_gpu_latency(model, 1, {"0": []}, [SHAPE], **SETTINGS, tp_plan=True)
     found = summarise(session, "0")["tp_plan"]
     for metric in ("ttft_ms", "tpot_ms"):
         assert found[metric]["median"] > 0
@@ -337,7 +425,9 @@ def test_two_ranks_sum_with_the_quickest_kind_that_works_and_say_what_does_not(m
     # Both ranks on one GPU, which NCCL refuses: everything is right but the times.
     monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     everything = list(range(12))
-    session = measure_gpu_latency(REFERENCE, 2, {"0": [], "12": everything}, **SETTINGS, devices=[0, 0])
+    (session,) = measure_gpu_latency(
+        REFERENCE, 2, {"0": [], "12": everything}, [SHAPE], **SETTINGS, devices=["cuda:0", "cuda:0"]
+    )
     found = summarise(session, "12")
     for metric in ("ttft_ms", "tpot_ms"):
         chosen = found["all_reduce"][metric]
@@ -355,13 +445,13 @@ def test_two_ranks_sum_with_the_quickest_kind_that_works_and_say_what_does_not(m
 @on_gpu
 def test_a_model_that_does_not_fit_is_refused_by_its_rank() -> None:
     with pytest.raises(UserError, match=r"rank 0 of 1 needs .* GB free: .*would fit"):
-        measure_gpu_latency(
-            architecture("llama2_70b"), 1, {"0": []}, **SETTINGS | {"batch_size": 128, "decode_at": 3000}
-        )
+        measure_gpu_latency(architecture("llama2_70b"), 1, {"0": []}, [SHAPE, Shape(128, 32, 3000, 1)], **SETTINGS)
 
 
 @pytest.mark.gpu
 @on_gpu
 def test_an_all_reduce_that_does_not_work_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"latency\.all_reduce=nccl does not work here .*share a GPU"):
-        measure_gpu_latency(REFERENCE, 2, {"0": []}, **SETTINGS | {"all_reduce": "nccl"}, devices=[0, 0])
+        measure_gpu_latency(
+            REFERENCE, 2, {"0": []}, [SHAPE], **SETTINGS | {"all_reduce": "nccl"}, devices=["cuda:0", "cuda:0"]
+        )

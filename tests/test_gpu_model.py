@@ -127,6 +127,30 @@ def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
         assert counted == [(1, 1, 192)] * expected
 
 
+def test_a_short_reach_and_another_size_change_no_logits() -> None:
+    folder = REFERENCE[0]
+    ids, arm = prompts(folder, 2), Arm(frozenset({2, 5}))
+    model = graph_model(folder, batch_size=3, cache_length=40)
+    model.resize(2, PROMPT, 64)
+    _, want = greedy(model, ids, arm)
+    step = model.capture(arm, decode=True, reach=PROMPT + NEW)
+    model.capture(arm, decode=False)()
+    found = [model.logits.clone()]
+    for _ in range(NEW - 1):
+        step()
+        found.append(model.logits.clone())
+    torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_blocks_alone_sum_as_often_as_a_forward_and_choose_nothing(decode: bool) -> None:
+    sums = []
+    model = graph_model(REFERENCE[0], 2, 0, all_reduce=lambda local: sums.append(local.shape) or local)
+    model.capture(Arm(frozenset({4})), decode=decode, blocks_alone=True)()
+    assert sums == [(1, 1 if decode else PROMPT, 192)] * 23
+    assert not model.logits.any()
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_random_weights_need_the_config_alone_and_only_this_ranks_part(tp_size: int) -> None:
     config = AutoConfig.for_model(
@@ -166,9 +190,9 @@ def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(folder:
     difference, rounding, unsure = [], [], []
     for i in range(64):
         if i:
-            step.replay()
+            step()
         else:
-            first.replay()
+            first()
         for model in (exact, plain):
             model.decode(arm) if i else model.prefill(arm)
         difference.append((captured.logits - plain.logits).abs().max().item())
@@ -193,10 +217,10 @@ def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
     first, step = captured.capture(arm, decode=False), captured.capture(arm, decode=True)
     want, _ = greedy(graph_model(folder, **options), ids, arm, 64)
     captured.prompt.copy_(ids)
-    first.replay()
+    first()
     tokens = [captured.token.clone()]
     for _ in range(63):
-        step.replay()
+        step()
         tokens.append(captured.token.clone())
     assert torch.equal(torch.cat(tokens, 1), want)
 
@@ -225,10 +249,10 @@ for kind in ("one_shot", "two_shot"):
     first, step = model.capture(arm, decode=False), model.capture(arm, decode=True)
     model.prompt.copy_(ids)
     dist.barrier()
-    first.replay()
+    first()
     for i in range(want.shape[1]):
         if i:
-            step.replay()
+            step()
         torch.testing.assert_close(model.logits.cpu(), want[:, i], atol=2e-3, rtol=1e-3)
         model.token.copy_(want[:, i].argmax(-1, keepdim=True))
     print(kind, "equal")

@@ -33,9 +33,8 @@ def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replay
     given = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())
     config = read_architecture(given["architecture"])
     begun = time.perf_counter()
-    model = GraphModel(
-        config, family_of(config), tp_size, 0, batch_size=batch, prompt_length=prompt, cache_length=cache
-    )
+    family = family_of(config)
+    model = GraphModel(config, family, tp_size, 0, batch_size=batch, prompt_length=prompt, cache_length=cache)
     built = time.perf_counter()
     model.prompt.random_(0, config.vocab_size)
     arms = {"TP": Arm(), "100 %": Arm(frozenset(range(model.num_blocks)))}
@@ -43,19 +42,20 @@ def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replay
     phases = (False, True) if prompt < cache // 2 else (False,)
     for decode in phases:
         for arm, of in arms.items():
-            graphs[decode, arm] = model.capture(of, decode=decode, pool=pool)
+            graphs[decode, arm] = model.capture(of, decode=decode, reach=384, pool=pool)
     torch.cuda.synchronize()
     captured = time.perf_counter()
     weights = sum(block.bytes for block in model.blocks) + model.head.numel() * model.head.element_size()
     rows = []
     for decode in phases:
         times: dict[str, list[float]] = {arm: [] for arm in arms}
-        graphs[decode, "TP"].replay()
-        enough = max(6, min(replays, int(2e3 / events_ms(graphs[decode, "TP"].replay, 1))))  # two seconds an arm
+        model.position.fill_(256)
+        graphs[decode, "TP"]()
+        enough = max(6, min(replays, int(2e3 / events_ms(graphs[decode, "TP"], 1))))  # two seconds an arm
         for replay in range(enough):
             for arm in list(arms)[:: 1 if replay % 2 else -1]:
-                model.position.fill_(256 if decode else prompt)
-                times[arm].append(events_ms(graphs[decode, arm].replay, 1))
+                model.position.fill_(256)
+                times[arm].append(events_ms(graphs[decode, arm], 1))
         tokens = batch * (1 if decode else prompt)
         in_blocks = sum(block.bytes for block in model.blocks)
         products = (in_blocks * tokens + (weights - in_blocks) * batch) / 2 * 2

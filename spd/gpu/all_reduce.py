@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spd.errors import UserError
+from spd.gpu import graphs
 from spd.gpu.limits import events_ms
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -131,7 +132,10 @@ def choose(
 def _why_not(kind: str, size: int, device: torch.device, direct_links: bool, *, only: bool) -> str | None:
     """Why a kind is not to be tried for messages of `size` bytes; None where it is."""
     if kind == "nccl":
-        return None if dist.get_backend() == "nccl" else "ranks share a GPU, which NCCL refuses"
+        shared = device.type == "cuda" and dist.get_backend() != "nccl"
+        return "ranks share a GPU, which NCCL refuses" if shared else None
+    if device.type != "cuda":
+        return "there is no GPU"
     if not direct_links:
         return "this interconnect has no direct links"
     if size > LARGEST_SHARED and not only:
@@ -147,20 +151,17 @@ def _why_not(kind: str, size: int, device: torch.device, direct_links: bool, *, 
 
 def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Microseconds of one all-reduce of `size` numbers among many in a CUDA graph, the slowest rank's."""
-    local = torch.zeros(size, dtype=dtype, device=device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            local = reduce(local)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    zeros = torch.zeros(size, dtype=dtype, device=device)
+
+    def many() -> None:
+        local = zeros
         for _ in range(_CALLS):
             local = reduce(local)
-    graph.replay()
-    best = min(events_ms(graph.replay, 1) for _ in range(7)) * 1e3 / _CALLS
+
+    graphs.warm_up(many, device, times=1)
+    replay = graphs.capture(many, device)
+    replay()
+    best = min(events_ms(replay, 1) for _ in range(7)) * 1e3 / _CALLS
     on = device if dist.get_backend() == "nccl" else "cpu"
     slowest = torch.tensor(best, dtype=torch.float64, device=on)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)

@@ -6,7 +6,7 @@ model can run with, there are two ceilings: no all-reduce after attention in any
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -16,12 +16,45 @@ from spd.latency import CONFIDENCE, METRICS, lock_file, shifted
 from spd.launch import Progress, run_ranks
 
 CEILINGS: dict[str, dict[str, Any]] = {
-    "no_attention_all_reduce": {"dropped": [], "attention_all_reduce": False},
-    "no_all_reduce": {"dropped": [], "attention_all_reduce": False, "mlp_all_reduce": False},
+    "no_attention_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False}},
+    "no_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False, "mlp_all_reduce": False}},
 }
 """Arms that are not models one can use: what dropping sync points could save at most, and what communication costs."""
 
-_OF_LAUNCH = ("seconds", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms", "communication", "timeline")
+BLOCKS = ("ttft_blocks_ms", "tpot_blocks_ms")
+"""The same of the decoder blocks alone, without embedding, head and choice."""
+
+_OF_LAUNCH = (
+    *("seconds", "capture_s", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms"),
+    *("communication", "timeline"),
+)
+
+
+class Shape(NamedTuple):
+    """What one session of a launch is of."""
+
+    batch_size: int
+    prompt_length: int
+    decode_at: int
+    """Position of the first token timed in decoding."""
+    repeats: int
+
+    def cache_length(self, new_tokens: int) -> int:
+        """Positions that are kept, a multiple of 128."""
+        return _up(max(self.prompt_length, self.decode_at + new_tokens))
+
+    def reach(self, new_tokens: int) -> int:
+        """Positions that the timed decoding steps look at, as a serving engine's would: those there are, to 128."""
+        return _up(self.decode_at + new_tokens)
+
+
+def _up(length: int) -> int:
+    return -(-length // 128) * 128
+
+
+def phases_of(settings: dict[str, Any]) -> tuple[str, ...]:
+    """What is timed of every arm."""
+    return METRICS + BLOCKS if settings["blocks_alone"] else METRICS
 
 
 def check_gpus(tp_size: int) -> None:
@@ -41,24 +74,22 @@ def measure_gpu_latency(
     model: Path | dict[str, Any],
     tp_size: int,
     arms: dict[str, list[int]],
+    shapes: list[Shape],
     *,
     dtype: str,
-    prompt_length: int,
-    decode_at: int,
     new_tokens: int,
-    batch_size: int,
     launches: int,
-    repeats: int,
     warmup: int,
     all_reduce: str,
     interconnect: str,
+    blocks_alone: bool = False,
     tp_plan: bool = False,
     timeout_s: float,
     port: int = 0,
-    devices: list[int] | None = None,
+    devices: list[str] | None = None,
     log_dir: Path | None = None,
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Times every arm and the two ceilings on `tp_size` GPUs, in `launches` separate launches.
 
     The settings are those of `spd.config.LatencyConfig`.
@@ -67,18 +98,21 @@ def measure_gpu_latency(
         model: a Hugging Face folder; or an architecture (`ModelConfig.architecture`), whose weights are then random.
         tp_size: number of ranks, each on a GPU of its own.
         arms: name of each arm -> the blocks it drops, "0" among them, the baseline.
+        shapes: batch sizes and lengths, one after the other in each launch, which reads the weights once.
         dtype: of weights and activations.
-        decode_at: position of the first token timed in decoding.
         all_reduce: nccl, one_shot, two_shot or auto (`spd.gpu.all_reduce.choose`).
         interconnect: native, lbw or socket (`spd.gpu.interconnect.ENVIRONMENT`).
+        blocks_alone: whether to time the decoder blocks by themselves too (`BLOCKS`).
         tp_plan: whether to time transformers' own tensor parallelism too, in a launch after each of these.
-        devices: of each rank, by default 0 to tp_size - 1. Ranks that share a GPU (all_reduce one_shot or two_shot,
-            with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing.
+        devices: of each rank, by default cuda:0 to cuda:<tp_size - 1>. Ranks that share a GPU (all_reduce one_shot or
+            two_shot, with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing;
+            so do CPUs, where nothing is compiled or captured: for tests.
 
     Returns:
-        The session: its settings, "arms" and "ceilings"; for ttft_ms and tpot_ms `{arm: [[milliseconds of each repeat]
-        of each launch]}`; "tp_plan", the same of transformers, or None; and of each launch what
-        `spd.gpu.rank.measure_rank` found beside the times. Give it to `summarise`.
+        A session for each shape: its settings, "arms" and "ceilings"; for ttft_ms and tpot_ms (and `BLOCKS`) `{arm:
+        [[milliseconds of each repeat] of each launch]}`; "tp_plan", the same of transformers, or None; and of each
+        launch what `spd.gpu.rank.measure_rank` found beside the times ("communication" and "timeline" of the first
+        alone). Give it to `summarise`.
 
     Raises:
         UserError: there are too few GPUs, a rank's part does not fit, or the all-reduce asked for does not work here.
@@ -93,36 +127,40 @@ def measure_gpu_latency(
     settings: dict[str, Any] = {
         "tp_size": tp_size,
         "dtype": dtype,
-        "prompt_length": prompt_length,
-        "decode_at": decode_at,
         "new_tokens": new_tokens,
-        "batch_size": batch_size,
-        "repeats": repeats,
         "warmup": warmup,
         "interconnect": interconnect,
+        "blocks_alone": blocks_alone,
     }
-    every = {name: {"dropped": blocks} for name, blocks in arms.items()} | CEILINGS
-    session: dict[str, Any] = {
-        "source": "measured",
-        "backend": "nccl",
-        "device": "cuda",
-        **settings,
-        "launches": launches,
-        "arms": arms,
-        "ceilings": list(CEILINGS),
-        "launch_s": [],
-        **{metric: {name: [] for name in every} for metric in METRICS},
-        "tp_plan": {metric: [] for metric in METRICS} if tp_plan else None,
-        **{name: [] for name in _OF_LAUNCH},
-    }
+    every = {name: {"dropped": blocks, "left_out": {}} for name, blocks in arms.items()} | CEILINGS
+    phases = phases_of(settings)
+    sessions: list[dict[str, Any]] = [
+        {
+            "source": "measured",
+            "backend": "nccl",
+            "device": "cuda",
+            **settings,
+            **shape._asdict(),
+            "launches": launches,
+            "arms": arms,
+            "ceilings": list(CEILINGS),
+            "launch_s": [],
+            **{phase: {name: [] for name in every} for phase in phases},
+            "tp_plan": {metric: [] for metric in METRICS} if tp_plan else None,
+            **{name: [] for name in _OF_LAUNCH},
+        }
+        for shape in shapes
+    ]
     given = {"architecture": model} if isinstance(model, dict) else {"checkpoint": str(model.resolve())}
     # Multicast is left off: the kernels used here need none, and not every machine permits it.
     environment = ENVIRONMENT[interconnect] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    rounds = sum(shape.repeats for shape in shapes)
 
-    def ranks(function: str, launch: int) -> dict[str, Any]:
+    def ranks(function: str, launch: int) -> list[dict[str, Any]]:
         asked = {"checkpoint": None, "architecture": None, **given, **settings, "seed": launch, "timeout_s": timeout_s}
-        asked |= {"arms": every, "all_reduce": all_reduce, "devices": devices or list(range(tp_size))}
-        return run_ranks(
+        asked |= {"shapes": [shape._asdict() for shape in shapes], "arms": every, "all_reduce": all_reduce}
+        asked |= {"devices": devices or [f"cuda:{rank}" for rank in range(tp_size)], "profile": launch == 0}
+        found: list[dict[str, Any]] = run_ranks(
             function,
             asked,
             tp_size=tp_size,
@@ -130,26 +168,28 @@ def measure_gpu_latency(
             timeout_s=timeout_s,
             environment=environment,
             log_dir=log_dir,
-            on_progress=shifted(on_progress, launch * repeats, launches * repeats),
-        )
+            on_progress=shifted(on_progress, launch * rounds, launches * rounds),
+        )["shapes"]
+        return found
 
     for launch in range(launches):
         with FileLock(lock_file(), mode=0o666):  # two launches at once would time each other
             start = time.monotonic()
             found = ranks("spd.gpu.rank:measure_rank", launch)
-            session["launch_s"].append(round(time.monotonic() - start, 3))
-            if tp_plan:
-                theirs = ranks("spd.gpu.tp_plan:measure_rank", launch)
-                for metric in METRICS:
-                    session["tp_plan"][metric].append(theirs[metric])
-        for metric in METRICS:
-            for name in every:
-                session[metric][name].append(found[metric][name])
-        for name in _OF_LAUNCH:
-            session[name].append(found[name])
+            launch_s = round(time.monotonic() - start, 3)
+            theirs = ranks("spd.gpu.tp_plan:measure_rank", launch) if tp_plan else [{} for _ in shapes]
+        for session, ours, other in zip(sessions, found, theirs, strict=True):
+            session["launch_s"].append(launch_s)
+            for phase in phases:
+                for name in every:
+                    session[phase][name].append(ours[phase][name])
+            for metric, times in other.items():
+                session["tp_plan"][metric].append(times)
+            for name in _OF_LAUNCH:
+                session[name].append(ours[name])
         if on_progress is not None:
-            on_progress((launch + 1) * repeats, launches * repeats)
-    return session
+            on_progress((launch + 1) * rounds, launches * rounds)
+    return sessions
 
 
 def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[str, Any]:
@@ -157,10 +197,11 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
 
     Each launch gives one number, the median of its repeats, and a speed-up is `100 (1 - arm / baseline)` of the same
     launch in percent. "median" is over launches, "low" to "high" its bootstrap interval (None with fewer than three
-    launches), "p10" to "p90" over all repeats of all launches. "ceilings" are the speed-ups of the ceilings, and
-    "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where that saves
-    nothing). "tp_plan" has transformers' own times, and how many times the arm's they are. "floor_ms", "over_floor",
-    "communication" (of the baseline, and of the arm), "all_reduce", "link", "rates" and "peak_memory_gb" are the first
+    launches; of three it is their range, which order statistics give 75 %), "p10" to "p90" over all repeats of all
+    launches. "blocks_ms" are the decoder blocks alone, None where they were not timed. "ceilings" are the speed-ups of
+    the ceilings, and "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where
+    that saves nothing). "tp_plan" has transformers' own times, and how many times the arm's they are. "floor_ms",
+    "over_floor", "communication" (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first
     launch's.
     """
     import numpy as np
@@ -183,8 +224,7 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
     entry["floor_ms"], entry["over_floor"], entry["communication"] = {}, {}, {}
     for metric in METRICS:
         times, faster = medians(metric, arm).tolist(), metric.replace("_ms", "_speedup_percent")
-        p10, p90 = np.percentile(np.concatenate(session[metric][arm]), [10, 90]).tolist()
-        entry[metric] = _bootstrap(times) | {"p10": p10, "p90": p90}
+        entry[metric] = _bootstrap(times) | _spread(np.concatenate(session[metric][arm]))
         entry[faster] = _bootstrap(speedup(metric, arm))
         entry["per_launch"] |= {metric: times, faster: speedup(metric, arm)}
         entry["ceilings"][metric] = {name: _bootstrap(speedup(metric, name)) for name in session["ceilings"]}
@@ -200,8 +240,19 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
         entry["tp_plan"]["times_ours"] = {
             metric: _bootstrap((np.array(times) / medians(metric, arm)).tolist()) for metric, times in theirs.items()
         }
-    entry["tokens_per_s"] = 1e3 * session["batch_size"] / entry["tpot_ms"]["median"]
-    return entry | {name: session[name][0] for name in ("peak_memory_gb", "rates", "link", "all_reduce")}
+    blocks = {phase.replace("_blocks", ""): medians(phase, arm) for phase in BLOCKS if phase in session}
+    entry["blocks_ms"] = {metric: _bootstrap(times.tolist()) for metric, times in blocks.items()} or None
+    tokens, peaks = 1e3 * session["batch_size"], session["peak_memory_gb"]
+    rates = tokens / np.concatenate(session["tpot_ms"][arm])
+    entry["tokens_per_s"] = _bootstrap((tokens / medians("tpot_ms", arm)).tolist()) | _spread(rates)
+    entry["peak_memory_gb"] = _bootstrap(peaks) | _spread(peaks)
+    return entry | {name: session[name][0] for name in ("rates", "link", "all_reduce")}
+
+
+def _spread(values: Any) -> dict[str, float]:
+    import numpy as np
+
+    return dict(zip(("p10", "p90"), np.percentile(values, [10, 90]).tolist(), strict=True))
 
 
 def _bootstrap(values: list[float]) -> dict[str, float | None]:

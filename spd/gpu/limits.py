@@ -1,5 +1,6 @@
-"""What a GPU can do at most, measured where it is needed: the floors that latencies are shown beside."""
+"""What a device can do at most, measured where it is needed: the floors that latencies are shown beside."""
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,12 @@ import torch
 
 
 def events_ms(run: Callable[[], object], times: int) -> float:
-    """Milliseconds of one of `times` runs on the GPU, between two events."""
+    """Milliseconds of one of `times` runs: on the GPU, between two events, or by the clock where there is none."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        for _ in range(times):
+            run()
+        return (time.perf_counter() - began) * 1e3 / times
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(times):
@@ -18,7 +24,7 @@ def events_ms(run: Callable[[], object], times: int) -> float:
 
 
 class Rates(NamedTuple):
-    """Of one GPU."""
+    """Of one GPU, or a CPU."""
 
     bandwidth: float
     """Bytes a second that a copy reads and writes."""
@@ -27,21 +33,22 @@ class Rates(NamedTuple):
 
     @classmethod
     def measured(cls, dtype: torch.dtype, device: torch.device | str = "cuda") -> "Rates":
-        """The best of three tries each; takes 4 GiB for a moment."""
-        rates = cls._measured(dtype, device)
+        """The best of three tries each; takes 4 GiB for a moment (a sixteenth of that on a CPU)."""
+        rates = cls._measured(dtype, torch.device(device))
         torch.cuda.empty_cache()
         return rates
 
     @classmethod
-    def _measured(cls, dtype: torch.dtype, device: torch.device | str) -> "Rates":
-        big = torch.empty(2**31, dtype=torch.uint8, device=device)
+    def _measured(cls, dtype: torch.dtype, device: torch.device) -> "Rates":
+        bytes_copied, width = (2**31, 8192) if device.type == "cuda" else (2**27, 512)
+        big = torch.zeros(bytes_copied, dtype=torch.uint8, device=device)
         to = torch.empty_like(big)
-        a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in "ab")
+        a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in "ab")
         to.copy_(big)
         a @ b
         copy_ms = min(events_ms(lambda: to.copy_(big), 5) for _ in range(3))
         product_ms = min(events_ms(lambda: a @ b, 10) for _ in range(3))
-        return cls(2 * big.numel() / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
+        return cls(2 * big.numel() / copy_ms * 1e3, 2 * width**3 / product_ms * 1e3)
 
     def floor_ms(self, bytes_read: int, operations: float) -> float:
         """The least that a forward can take: reading its bytes, or its matrix products, whichever is longer."""

@@ -6,8 +6,10 @@ engine takes from token ids to the next token.
 Legend: B batch, T prompt tokens, C cache length, D hidden size, K key/value heads, h head size, N ranks, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd.checkpoint import Checkpoint
 from spd.families import Family
+from spd.gpu import graphs
 from spd.gpu.all_reduce import AllReduce
 from spd.gpu.halves import Halves, Weights
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
@@ -51,6 +54,19 @@ class RandomLayer:
         if len(shape) == 1:
             return made.fill_(0.0 if name.endswith("bias") else 1.0)
         return made.normal_(0.0, 0.02, generator=self.random)
+
+
+class States(NamedTuple):
+    """What goes into the first block."""
+
+    residual: Tensor
+    """R [B, T, D]: embeddings"""
+    summed: Tensor
+    """[B, T, D]: zeros, as no block is before it"""
+    rope: tuple[Tensor, Tensor] | None
+    """Cosines and sines [T, h]"""
+    positions: Tensor
+    """[T]"""
 
 
 class GraphModel:
@@ -90,17 +106,24 @@ class GraphModel:
             whole: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
-        shape = (batch_size, kv_heads // self.halves.head_size, cache_length, self.halves.head_size)
-        self.cache = [[torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv"] for _ in self.blocks]
+        self._kv_heads, self._vocab_size = kv_heads // self.halves.head_size, settings.vocab_size
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        """Where in the sequence the last token stands; prefill sets it, a decoding step moves it on."""
+        self.resize(batch_size, prompt_length, cache_length)
+
+    def resize(self, batch_size: int, prompt_length: int, cache_length: int) -> None:
+        """Takes other B, T and C; graphs that were captured before are of no use any more."""
+        shape = (batch_size, self._kv_heads, cache_length, self.halves.head_size)
+        self.cache: list[list[Tensor]] = []  # let go of before as much is asked for again
+        self.cache = [[torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv"] for _ in self.blocks]
         self.prompt = torch.zeros(batch_size, prompt_length, dtype=torch.long, device=self.device)
         """Token ids [B, T] that prefill reads."""
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
-        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
-        """Where in the sequence that token stands; prefill sets it, a decoding step moves it on."""
-        self.logits = torch.zeros(batch_size, settings.vocab_size, dtype=dtype, device=self.device)
+        self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
         """Logits [B, V] that `token` was chosen by."""
         self._columns = torch.arange(cache_length, device=self.device)
+        self._warm: set[int | None] = set()
 
     @torch.no_grad()
     def _read(
@@ -138,58 +161,93 @@ class GraphModel:
             read, biases = reader.read(i, layer(i), self.dtype, self.device)
             self.blocks.append(Weights.of(read, family, biases))
 
-    def _run(self, ids: Tensor, positions: Tensor, arm: Arm, *, decode: bool) -> None:
-        """Runs token ids [B, T] at positions [T] through the model, and leaves logits and the next token behind."""
-        residual = F.embedding(ids, self.embedding)
-        rope = None
+    def _embed(self, ids: Tensor, positions: Tensor) -> States:
+        """What the first block takes, of token ids [B, T] at positions [T]."""
+        residual, rope = F.embedding(ids, self.embedding), None
         if self.rotary is not None:
             cos, sin = self.rotary(residual, positions.unsqueeze(0))
             rope = cos[0], sin[0]
         if self.positions is not None:
             residual = residual + self.positions[positions]
-        summed = torch.zeros_like(residual)
+        return States(residual, torch.zeros_like(residual), rope, positions)
+
+    def _blocks(self, states: States, arm: Arm, reach: int | None) -> tuple[Tensor, Tensor]:
+        """`R` and the sum of the `S_i` behind the last block; decoding looks at `reach` cached positions, and prefill,
+        for which that is None, at its own prompt."""
+        residual, summed, rope, positions = states
+        decode = reach is not None
         stage = self.halves.decode if decode else self.halves.prefill
-        where = (positions, self._columns <= positions) if decode else ()
+        where = (positions, self._columns[:reach] <= positions) if decode else ()
         for i, (w, cache) in enumerate(zip(self.blocks, self.cache, strict=True)):
-            x, partial = stage.attention(residual, summed, w, rope, *cache, *where)
+            keys, values = (part[:, :, :reach] for part in cache)
+            x, partial = stage.attention(residual, summed, w, rope, keys, values, *where)
             if i in arm.dropped:
                 residual, local = self.halves.spd_mlp(stage, x, partial, w)
             else:
                 attended = self._sum(partial) if arm.attention_all_reduce else partial
                 residual, local = stage.tp_mlp(x, attended, w)
             summed = self._sum(local) if arm.mlp_all_reduce else local
-        logits, token = self.halves.last(residual, summed, *self.final_norm, self.head)
-        self.logits.copy_(logits)
-        self.token.copy_(token)
+        return residual, summed
+
+    @torch.no_grad()
+    def _blocks_alone(self, states: States, arm: Arm, reach: int | None) -> None:
+        self._blocks(states, arm, reach)
 
     def _sum(self, local: Tensor) -> Tensor:
         return local if self.all_reduce is None else self.all_reduce(local)
 
+    def _choose(self, residual: Tensor, summed: Tensor) -> None:
+        """Leaves logits and the next token behind."""
+        logits, token = self.halves.last(residual, summed, *self.final_norm, self.head)
+        self.logits.copy_(logits)
+        self.token.copy_(token)
+
     @torch.no_grad()
     def prefill(self, arm: Arm) -> None:
         """From `prompt` to the first token."""
-        positions = self._columns[: self.prompt.shape[1]]
-        self._run(self.prompt, positions, arm, decode=False)
+        self._choose(*self._blocks(self._embed(self.prompt, self._prompt_positions), arm, None))
         self.position.fill_(self.prompt.shape[1])
 
     @torch.no_grad()
-    def decode(self, arm: Arm) -> None:
-        """From `token`, at `position`, to the next one."""
-        self._run(self.token, self.position, arm, decode=True)
+    def decode(self, arm: Arm, reach: int | None = None) -> None:
+        """From `token`, at `position` below `reach` (by default C), to the next one."""
+        reach = reach or len(self._columns)
+        self._choose(*self._blocks(self._embed(self.token, self.position), arm, reach))
         self.position.add_(1)
 
-    def capture(self, arm: Arm, *, decode: bool, pool: Any = None) -> torch.cuda.CUDAGraph:
-        """A graph whose replay is `prefill` or `decode`; graphs that never run at once can share a memory pool."""
-        forward = self.decode if decode else self.prefill
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles, and lets libraries make their workspaces
-                forward(arm)
-                self.position.fill_(self.prompt.shape[1])
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            forward(arm)
-        return graph
+    @property
+    def _prompt_positions(self) -> Tensor:
+        return self._columns[: self.prompt.shape[1]]
+
+    def capture(
+        self, arm: Arm, *, decode: bool, reach: int | None = None, blocks_alone: bool = False, pool: Any = None
+    ) -> Callable[[], object]:
+        """`prefill` or `decode` as a CUDA graph; a call replays it. On a CPU a call runs it.
+
+        Args:
+            arm: what is dropped or left out.
+            decode, reach: which of the two, and what `decode` is given.
+            blocks_alone: without embedding, head and choice, on states that were embedded before.
+            pool: memory that graphs which never run at once can share.
+        """
+        reach = (reach or len(self._columns)) if decode else None
+        self._warm_up(reach)
+        run: Callable[[], object]
+        run = functools.partial(self.decode, arm, reach) if decode else functools.partial(self.prefill, arm)
+        if blocks_alone:
+            ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
+            run = functools.partial(self._blocks_alone, self._embed(ids, positions), arm, reach)
+        return graphs.capture(run, self.device, pool)
+
+    def _warm_up(self, reach: int | None) -> None:
+        """Compiles both blocks' functions, and lets libraries make their workspaces, once for each kind of graph."""
+        if reach in self._warm:
+            return
+        self._warm.add(reach)
+
+        def run() -> None:
+            for arm in (Arm(), Arm(frozenset(range(self.num_blocks)))):
+                self.position.zero_()
+                self.prefill(arm) if reach is None else self.decode(arm, reach)
+
+        graphs.warm_up(run, self.device, times=2)

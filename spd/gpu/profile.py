@@ -21,6 +21,8 @@ class Kernel(NamedTuple):
 
 def kernels_of(run: Callable[[], object]) -> list[Kernel]:
     """The kernels of `run()` in the order they began, microseconds from the first one on; [] where none is traced."""
+    if not torch.cuda.is_available():
+        return []
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:

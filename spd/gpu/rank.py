@@ -2,10 +2,10 @@
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu import all_reduce, interconnect
+from spd.gpu import all_reduce, graphs, interconnect
+from spd.gpu.latency import Shape, phases_of
 from spd.gpu.limits import Rates, events_ms
 from spd.gpu.memory import check_memory, what_fits
 from spd.gpu.model import Arm, GraphModel
@@ -22,120 +23,173 @@ from spd.latency import METRICS, arm_order
 from spd.launch import Progress
 
 
+class Bench(NamedTuple):
+    """What all shapes of a launch share."""
+
+    model: GraphModel
+    arms: dict[str, Arm]
+    rates: Rates
+    all_reduce: dict[int, dict[str, Any]]
+    """Numbers in a message -> what `spd.gpu.all_reduce.choose` found."""
+    settings: dict[str, Any]
+
+
 def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
-    """As `run_ranks` calls it: the times of every arm, and what they are to be judged by.
+    """As `run_ranks` calls it: of every shape the times of every arm, and what they are to be judged by.
 
     Raises:
         UserError: its part does not fit into its GPU, with what would; an all-reduce that does not work here.
     """
     rank, tp_size = int(os.environ["RANK"]), settings["tp_size"]
-    device = torch.device("cuda", settings["devices"][rank])
-    torch.cuda.set_device(device)
-    alone = len(set(settings["devices"])) == tp_size
-    limit = timedelta(seconds=settings["timeout_s"])
-    dist.init_process_group("nccl" if alone else "gloo", timeout=limit, device_id=device if alone else None)
+    device = start(settings, rank)
     dtype = getattr(torch, settings["dtype"])
     folder = None if settings["checkpoint"] is None else Path(settings["checkpoint"])
     config = read_config(folder) if folder else read_architecture(settings["architecture"])
     family = family_of(config)
-    batch, prompt, decode_at = settings["batch_size"], settings["prompt_length"], settings["decode_at"]
-    cache = -(-(max(prompt, decode_at) + settings["new_tokens"]) // 128) * 128
-    shape = {
-        "config": config,
-        "family": family,
-        "batch_size": batch,
-        "prompt_length": prompt,
-        "cache_length": cache,
-        "dtype": dtype,
-    }
-    check_memory(rank, tp_size, device, torch.cuda.mem_get_info(device)[0], **shape)
-    clock = [time.perf_counter()]
+    shapes = [Shape(**shape) for shape in settings["shapes"]]
+    sized = [(shape.batch_size, shape.prompt_length, shape.cache_length(settings["new_tokens"])) for shape in shapes]
+
+    def of(place: int) -> dict[str, Any]:
+        named = dict(zip(("batch_size", "prompt_length", "cache_length"), sized[place], strict=True))
+        return {"config": config, "family": family, "dtype": dtype, "tp_size": tp_size, **named}
+
+    if device.type == "cuda":
+        for place in range(len(shapes)):
+            check_memory(rank, device=device, free=torch.cuda.mem_get_info(device)[0], **of(place))
+    place = 0
     try:
-        rates = Rates.measured(dtype, device)
-        link = interconnect.probe(device)
-        sizes = {"ttft_ms": batch * prompt * config.hidden_size, "tpot_ms": batch * config.hidden_size}
+        rates, link = Rates.measured(dtype, device), interconnect.probe(device)
         reduce: all_reduce.AllReduce | None = None
         chosen: dict[int, dict[str, Any]] = {}
         if tp_size > 1:
             reduce, chosen = all_reduce.choose(
                 settings["all_reduce"],
-                list(sizes.values()),
+                [size for shape in shapes for size in _messages(shape, config.hidden_size).values()],
                 dtype,
                 device,
                 direct_links=settings["interconnect"] == "native",
             )
-        torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
         model = GraphModel(
             config,
             family,
             tp_size,
             rank,
             checkpoint=Checkpoint(folder) if folder else None,
-            batch_size=batch,
-            prompt_length=prompt,
-            cache_length=cache,
+            batch_size=sized[0][0],
+            prompt_length=sized[0][1],
+            cache_length=sized[0][2],
             all_reduce=reduce,
             dtype=dtype,
             device=device,
+            compiled=device.type == "cuda",
         )
-        clock.append(time.perf_counter())
-        generator = torch.Generator(device).manual_seed(settings["seed"])
-        model.prompt.random_(0, config.vocab_size, generator=generator)
-        arms = {name: Arm(frozenset(arm.pop("dropped")), **arm) for name, arm in settings["arms"].items()}
-        pool = torch.cuda.graph_pool_handle()
-        graphs = {
-            (metric, name): model.capture(arm, decode=metric == "tpot_ms", pool=pool)
-            for metric in METRICS
-            for name, arm in arms.items()
-        }
-        clock.append(time.perf_counter())
-        timed = partial(_timed, model, graphs, settings)
-        for _ in range(settings["warmup"]):
-            for name in arms:
-                timed(name)
-        times = torch.zeros(len(METRICS), len(arms), settings["repeats"], dtype=torch.float64)
-        names = list(arms)
-        for repeat in range(settings["repeats"]):
-            for place in arm_order(len(names), repeat):
-                times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
-            on_progress(repeat + 1, settings["repeats"])
-        found = slowest(times, device)
-        peak = torch.tensor(float(torch.cuda.max_memory_allocated(device)), dtype=torch.float64)
-        result: dict[str, Any] = {
-            metric: {name: [round(ms, 4) for ms in found[m, a].tolist()] for a, name in enumerate(names)}
-            for m, metric in enumerate(METRICS)
-        }
-        profiles = _profiles(model, graphs, arms)
-        return result | {
-            "seconds": {"build": round(clock[1] - clock[0], 1), "compile_and_capture": round(clock[2] - clock[1], 1)},
-            "peak_memory_gb": round(float(slowest(peak, device)) / 1e9, 3),
-            "rates": {"bandwidth_gb_per_s": round(rates.bandwidth / 1e9), "tflop_per_s": round(rates.flops / 1e12, 1)},
-            "link": link,
-            "all_reduce": {metric: chosen[size] for metric, size in sizes.items() if size in chosen},
-            "floor_ms": {
-                metric: {
-                    name: round(_floor_ms(model, arm, rates, decode_at if metric == "tpot_ms" else None, us), 4)
-                    for name, arm in arms.items()
-                }
-                for metric, us in ((m, _us(chosen.get(size))) for m, size in sizes.items())
-            },
-            **profiles,
-        }
+        build_s = round(time.perf_counter() - began, 1)
+        arms = {name: Arm(frozenset(arm["dropped"]), **arm["left_out"]) for name, arm in settings["arms"].items()}
+        bench, found, done = Bench(model, arms, rates, chosen, settings), [], 0
+        rounds = sum(shape.repeats for shape in shapes)
+        for place, shape in enumerate(shapes):
+            if place:
+                torch.compiler.reset()  # it keeps few versions of a function
+                model.resize(*sized[place])
+
+            def told(repeat: int, before: int = done) -> None:
+                on_progress(before + repeat, rounds)
+
+            found.append({"seconds": {"build": build_s}, "link": link} | _measure(bench, shape, told))
+            done += shape.repeats
+        return {"shapes": found}
     except torch.OutOfMemoryError as error:
         total = torch.cuda.mem_get_info(device)[1]
         raise UserError(
             f"rank {rank} of {tp_size} ran out of memory on {device}, {total / 1e9:.1f} GB in all: "
-            f"{str(error).split('. ')[0]}. {what_fits(int(0.9 * total), tp_size=tp_size, **shape)}."
+            f"{str(error).split('. ')[0]}. {what_fits(int(0.9 * total), **of(place))}."
         ) from error
 
 
-def _timed(model: GraphModel, graphs: dict, settings: dict[str, Any], name: str) -> tuple[float, float]:
-    """Milliseconds to the first token, and of a token after it, by this rank's clock, all ranks let go together."""
-    meet(model.device)
-    first = events_ms(graphs["ttft_ms", name].replay, 1)
-    model.position.fill_(settings["decode_at"])
-    meet(model.device)
-    return first, events_ms(graphs["tpot_ms", name].replay, settings["new_tokens"])
+def start(settings: dict[str, Any], rank: int) -> torch.device:
+    """This rank's device, in a process group whose waiting is bounded: NCCL's, or gloo's on CPUs and a shared GPU."""
+    device = torch.device(settings["devices"][rank])
+    limit, nccl = timedelta(seconds=settings["timeout_s"]), False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        nccl = len(set(settings["devices"])) == settings["tp_size"]
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=limit, device_id=device if nccl else None)
+    return device
+
+
+def _messages(shape: Shape, hidden_size: int) -> dict[str, int]:
+    """Numbers in the messages of prefill and of decoding."""
+    return {
+        "ttft_ms": shape.batch_size * shape.prompt_length * hidden_size,
+        "tpot_ms": shape.batch_size * hidden_size,
+    }
+
+
+def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[str, Any]:
+    """One shape's part of the result."""
+    model, arms, settings = bench.model, bench.arms, bench.settings
+    device, new_tokens = model.device, settings["new_tokens"]
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    model.prompt.random_(0, len(model.embedding), generator=torch.Generator(device).manual_seed(settings["seed"]))
+    began, pool = time.perf_counter(), graphs.shared_pool(device)
+    phases, names = phases_of(settings), list(arms)
+    replays = {
+        (phase, name): model.capture(
+            arm,
+            decode=phase.startswith("tpot"),
+            reach=shape.reach(new_tokens),
+            blocks_alone=phase not in METRICS,
+            pool=pool,
+        )
+        for phase in phases
+        for name, arm in arms.items()
+    }
+    captured_s = round(time.perf_counter() - began, 1)
+
+    def timed(name: str) -> list[float]:
+        """Milliseconds of each phase by this rank's clock, all ranks let go together."""
+        taken = []
+        for phase in phases:
+            model.position.fill_(shape.decode_at)
+            meet(device)
+            taken.append(events_ms(replays[phase, name], new_tokens if phase.startswith("tpot") else 1))
+        return taken
+
+    for _ in range(settings["warmup"]):
+        for name in names:
+            timed(name)
+    times = torch.zeros(len(phases), len(names), shape.repeats, dtype=torch.float64)
+    for repeat in range(shape.repeats):
+        for place in arm_order(len(names), repeat):
+            times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
+        told(repeat + 1)
+    found = slowest(times, device)
+    peak = torch.tensor(float(torch.cuda.max_memory_allocated(device) if on_cuda else 0), dtype=torch.float64)
+    messages = _messages(shape, model.embedding.shape[1])
+    return {
+        **{
+            phase: {name: [round(ms, 4) for ms in found[p, a].tolist()] for a, name in enumerate(names)}
+            for p, phase in enumerate(phases)
+        },
+        "capture_s": captured_s,
+        "peak_memory_gb": round(float(slowest(peak, device)) / 1e9, 3),
+        "rates": {
+            "bandwidth_gb_per_s": round(bench.rates.bandwidth / 1e9, 1),
+            "tflop_per_s": round(bench.rates.flops / 1e12, 3),
+        },
+        "all_reduce": {metric: bench.all_reduce[n] for metric, n in messages.items() if n in bench.all_reduce},
+        "floor_ms": {
+            metric: {
+                name: round(_floor_ms(bench, arm, shape.decode_at if metric == "tpot_ms" else None, number), 4)
+                for name, arm in arms.items()
+            }
+            for metric, number in messages.items()
+        },
+        **(_profiles(bench, shape, replays) if settings["profile"] else {"communication": None, "timeline": None}),
+    }
 
 
 def meet(device: torch.device) -> None:
@@ -143,7 +197,8 @@ def meet(device: torch.device) -> None:
     if dist.get_backend() == "nccl":
         dist.all_reduce(torch.zeros(1, device=device))
     else:
-        torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         dist.barrier()
 
 
@@ -154,13 +209,10 @@ def slowest(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.cpu()
 
 
-def _us(chosen: dict[str, Any] | None) -> float:
-    return 0.0 if chosen is None else chosen["us"][chosen["kind"]]
-
-
-def _floor_ms(model: GraphModel, arm: Arm, rates: Rates, decode_at: int | None, reduce_us: float) -> float:
+def _floor_ms(bench: Bench, arm: Arm, decode_at: int | None, message: int) -> float:
     """Weights, and keys and values up to `decode_at`, over measured bandwidth, or matrix products over the measured
-    rate; and every all-reduce at its measured latency. `decode_at` is None for prefill."""
+    rate; and every all-reduce, of `message` numbers, at its measured latency. `decode_at` is None for prefill."""
+    model = bench.model
     batch, prompt = model.prompt.shape
     size = model.dtype.itemsize
     blocks, head = sum(block.bytes for block in model.blocks), model.head.numel() * size
@@ -171,20 +223,26 @@ def _floor_ms(model: GraphModel, arm: Arm, rates: Rates, decode_at: int | None, 
     operations = 2 * (blocks / size * tokens + head / size * batch)
     undropped = model.num_blocks - len(arm.dropped)
     sums = undropped * arm.attention_all_reduce + model.num_blocks * arm.mlp_all_reduce
-    return rates.floor_ms(read, operations) + sums * reduce_us / 1e3
+    chosen = bench.all_reduce.get(message)
+    reduce_us = chosen["us"][chosen["kind"]] if chosen else 0.0
+    return bench.rates.floor_ms(read, operations) + sums * reduce_us / 1e3
 
 
-def _profiles(model: GraphModel, graphs: dict, arms: dict[str, Arm]) -> dict[str, Any]:
+def _profiles(
+    bench: Bench, shape: Shape, replays: dict[tuple[str, str], Callable[[], object]]
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Of each forward of each arm, the share of communication; of a block in the middle, its timeline."""
+    model = bench.model
     shares: dict[str, dict[str, Any]] = {metric: {} for metric in METRICS}
     timeline: dict[str, dict[str, Any]] = {metric: {} for metric in METRICS}
-    for (metric, name), graph in graphs.items():
-        model.position.fill_(model.prompt.shape[1])
-        meet(model.device)
-        graph.replay()
-        kernels = kernels_of(graph.replay)
-        shares[metric][name] = communication(kernels)
-        arm = arms[name]
-        if arm.attention_all_reduce and arm.mlp_all_reduce and len(arm.dropped) in (0, model.num_blocks):
-            timeline[metric][name] = block_timeline(kernels, model.num_blocks // 2, arm.dropped)
+    for metric in METRICS:
+        for name, arm in bench.arms.items():
+            replay = replays[metric, name]
+            model.position.fill_(shape.decode_at)
+            meet(model.device)
+            replay()
+            kernels = kernels_of(replay)
+            shares[metric][name] = communication(kernels)
+            if arm.attention_all_reduce and arm.mlp_all_reduce and len(arm.dropped) in (0, model.num_blocks):
+                timeline[metric][name] = block_timeline(kernels, model.num_blocks // 2, arm.dropped)
     return {"communication": shares, "timeline": timeline}

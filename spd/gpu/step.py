@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spd.config import RunConfig
-from spd.gpu.latency import measure_gpu_latency, summarise
+from spd.gpu.latency import Shape, measure_gpu_latency, summarise
 from spd.progress import Display
 from spd.results import Results
 
@@ -33,30 +33,32 @@ def gpu_latency(
     arms = {str(len(some)): some for some in sorted(blocks, key=len)}
     asked: dict[str, Any] = {
         "dtype": config.model.dtype.name,
-        "prompt_length": settings.prompt_length,
-        "decode_at": settings.decode_at or settings.prompt_length,
         "new_tokens": settings.new_tokens,
-        "batch_size": settings.batch_size,
         "launches": settings.launches,
-        "repeats": settings.repeats,
         "warmup": settings.warmup,
         "all_reduce": settings.all_reduce.name,
         "interconnect": config.interconnect.name.name,
         "tp_plan": settings.tp_plan,
     }
 
+    decode_at = settings.decode_at or settings.prompt_length
+    shape = Shape(settings.batch_size, settings.prompt_length, decode_at, settings.repeats)
+
     def measure() -> dict[str, Any]:
         display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} GPUs")
-        return measure_gpu_latency(
+        (session,) = measure_gpu_latency(
             model,
             parallel.tp_size,
             arms,
+            [shape],
             port=parallel.port,
             timeout_s=settings.timeout_s,
             log_dir=log_dir,
             on_progress=display,
             **asked,
         )
+        return session
 
-    session = results.cached("gpu_latency", {**asked, **parts, "tp_size": parallel.tp_size, "arms": arms}, measure)
+    determining = {**asked, **shape._asdict(), **parts, "tp_size": parallel.tp_size, "arms": arms}
+    session = results.cached("gpu_latency", determining, measure)
     return summarise(session, arm=str(len(dropped(config.drop))))

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from spd.checkpoint import read_architecture, read_config
 from spd.errors import UserError
+from spd.gpu.latency import Shape
 from spd.gpu.limits import events_ms
-from spd.gpu.rank import meet, slowest
+from spd.gpu.rank import meet, slowest, start
+from spd.latency import METRICS
 from spd.launch import Progress
 
 
@@ -29,46 +30,49 @@ def check_has_plan(config: PretrainedConfig) -> None:
         )
 
 
-def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, list[float]]:
-    """As `run_ranks` calls it: {metric: milliseconds of each repeat}, the slowest rank's."""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=timedelta(seconds=settings["timeout_s"]), device_id=device)
+def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
+    """As `run_ranks` calls it: of every shape {metric: milliseconds of each repeat}, the slowest rank's."""
+    device = start(settings, int(os.environ["RANK"]))
     dtype = getattr(torch, settings["dtype"])
     with _checkpoint(settings, dtype, device) as folder:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=dtype)
         model.to(device)  # where there is one rank only, nothing has put it there
-    batch = settings["batch_size"]
+    found, done, shapes = [], 0, [Shape(**shape) for shape in settings["shapes"]]
+    with torch.inference_mode():
+        for shape in shapes:
+            for _ in range(max(1, settings["warmup"])):
+                _timed(model, shape, settings, device)
+            taken = []
+            for _ in range(shape.repeats):
+                taken.append(_timed(model, shape, settings, device))
+                done += 1
+                on_progress(done, sum(shape.repeats for shape in shapes))
+            times = slowest(torch.tensor(taken, dtype=torch.float64), device).T.tolist()
+            found.append(dict(zip(METRICS, times, strict=True)))
+    return {"shapes": found}
+
+
+def _timed(model: Any, shape: Shape, settings: dict[str, Any], device: torch.device) -> tuple[float, float]:
+    """Milliseconds to the first token, and of a token after it."""
 
     def forward(tokens: Tensor, cache: DynamicCache) -> Tensor:
         return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     def prompt(length: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(settings["seed"])
-        return torch.randint(model.config.vocab_size, (batch, length), generator=generator, device=device)
+        return torch.randint(model.config.vocab_size, (shape.batch_size, length), generator=generator, device=device)
 
-    def timed() -> tuple[float, float]:
-        asked, before, cache = prompt(settings["prompt_length"]), prompt(settings["decode_at"]), DynamicCache()
-        meet(device)
-        first = events_ms(lambda: forward(asked, DynamicCache()), 1)
-        token = forward(before, cache)
+    asked, before, cache = prompt(shape.prompt_length), prompt(shape.decode_at), DynamicCache()
+    meet(device)
+    first = events_ms(lambda: forward(asked, DynamicCache()), 1)
+    token = forward(before, cache)
 
-        def step() -> None:
-            nonlocal token
-            token = forward(token, cache)
+    def step() -> None:
+        nonlocal token
+        token = forward(token, cache)
 
-        meet(device)
-        return first, events_ms(step, settings["new_tokens"])
-
-    with torch.inference_mode():
-        for _ in range(max(1, settings["warmup"])):
-            timed()
-        taken = []
-        for repeat in range(settings["repeats"]):
-            taken.append(timed())
-            on_progress(repeat + 1, settings["repeats"])
-    times = slowest(torch.tensor(taken, dtype=torch.float64), device).T.tolist()
-    return {"ttft_ms": times[0], "tpot_ms": times[1]}
+    meet(device)
+    return first, events_ms(step, settings["new_tokens"])
 
 
 @contextmanager

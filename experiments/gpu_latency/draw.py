@@ -1,0 +1,116 @@
+"""The figures of experiments/gpu_latency: python -m experiments.gpu_latency.draw latency.csv timelines.json
+
+speedup.png: what dropping saves, beside the ceilings. timeline.png: the kernels of one block, TP and SPD.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from spd.figures import COLOURS, MARKERS
+
+HERE = Path(__file__).parent
+CEILING = "no attention all-reduce"
+KINDS = {"all-reduce": COLOURS[1], "matrix product": COLOURS[0], "attention": COLOURS[2], "the rest": COLOURS[5]}
+
+
+def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
+    """A column a phase, a row an interconnect; lines are models, each with its ceiling, dashed."""
+    phases = rows[["metric", "batch_size", "prompt_length", "decode_at"]].drop_duplicates()
+    links, models = list(rows["interconnect"].unique()), list(rows["model"].unique())
+    figure = Figure(figsize=(2.9 * len(phases), 2.7 * len(links) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(links), len(phases), squeeze=False, sharex=True, sharey="row")
+    for column, phase in enumerate(phases.itertuples(index=False)):
+        of_phase = rows.merge(pd.DataFrame([phase]))
+        for row, link in enumerate(links):
+            axes = panels[row, column]
+            for k, model in enumerate(models):
+                _line(axes, of_phase[(of_phase["interconnect"] == link) & (of_phase["model"] == model)], model, k)
+            axes.axhline(0, color="#555555", linewidth=0.8)
+            axes.grid(color="#e5e5e5")
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axes.set_title(_phase(phase), fontsize=10)
+            if column == 0:
+                axes.set_ylabel(f"{link}: saved, %")
+            if row == len(links) - 1:
+                axes.set_xlabel("blocks dropped, %")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="#555555", linestyle="--", linewidth=1))
+    figure.legend(handles, [*labels, CEILING], loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _phase(phase: Any) -> str:
+    what = f"prefill {phase.prompt_length}" if phase.metric == "ttft_ms" else f"decode at {phase.decode_at}"
+    return f"{what}, batch {phase.batch_size}"
+
+
+def _line(axes: Axes, rows: pd.DataFrame, model: str, k: int) -> None:
+    arms = rows[rows["drop"].notna()].sort_values("drop")
+    saved = arms["speedup_percent_median"]
+    spread = [saved - arms["speedup_percent_low"], arms["speedup_percent_high"] - saved]
+    style: dict[str, Any] = {
+        "color": COLOURS[k],
+        "marker": MARKERS[k % len(MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.4,
+    }
+    axes.errorbar(100 * arms["drop"], saved, yerr=spread, capsize=2, label=model, **style)
+    for most in rows.loc[rows["arm"] == CEILING, "speedup_percent_median"]:
+        axes.plot([85, 100], [most, most], color=COLOURS[k], linestyle="--", linewidth=1)
+
+
+def kind_of(kernel: dict[str, Any]) -> str:
+    """Which of `KINDS` a kernel is, by its name."""
+    if kernel["communicates"]:
+        return "all-reduce"
+    name = kernel["name"].lower()
+    if any(word in name for word in ("flash", "fmha", "attention", "cudnn_generated")):
+        return "attention"
+    products = ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_")
+    return "matrix product" if any(word in name for word in products) else "the rest"
+
+
+def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
+    """A panel a session and phase: the kernels of a TP block over those of an SPD block, in microseconds."""
+    panels = [
+        (session, metric, arms)
+        for session in found
+        for metric, arms in session["timeline"].items()
+        if len(arms) == 2 and all(arms.values())
+    ]
+    figure = Figure(figsize=(11, 1.5 * len(panels) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (session, metric, arms) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        for place, kernels in enumerate(arms.values()):
+            for kernel in kernels:
+                part = [(kernel["start_us"], kernel["end_us"] - kernel["start_us"])]
+                axes.broken_barh(part, (-place - 0.35, 0.7), color=KINDS[kind_of(kernel)], edgecolor="white", lw=0.4)
+            axes.text(kernels[-1]["end_us"], -place, f" {kernels[-1]['end_us']:.0f} us", va="center", fontsize=9)
+        phase = f"prefill {session['prompt_length']}" if metric == "ttft_ms" else f"decode at {session['decode_at']}"
+        link = f"tp {session['tp_size']}, {session['interconnect']}"
+        axes.set_title(f"{session['model']}, {link}, {phase}, batch {session['batch_size']}", fontsize=10)
+        axes.set_yticks([0, -1], ["TP", "SPD"])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.08)
+        axes.set_xlim(left=0)
+    axes.set_xlabel("microseconds")
+    patches = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(KINDS), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    csv, timelines = map(Path, sys.argv[1:])
+    draw_speedups(pd.read_csv(csv, dtype={"arm": str}), csv.with_name("speedup.png"))
+    draw_timelines(json.loads(timelines.read_text()), csv.with_name("timeline.png"))

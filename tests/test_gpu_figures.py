@@ -1,0 +1,75 @@
+"""What is drawn of a latency on GPUs; the numbers here are invented."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments.gpu_latency.draw import CEILING, draw_speedups, draw_timelines, kind_of
+from experiments.gpu_latency.measure import arms_of, column
+
+MODELS = {"llama2_7b": 32, "llama2_70b": 80, "opt_66b": 64}
+
+
+def invented_rows() -> pd.DataFrame:
+    rows = []
+    phases = [("ttft_ms", 1, 128, 256), ("ttft_ms", 1, 2048, 2048), ("tpot_ms", 1, 128, 256)]
+    for (model, blocks), (link, most), phase in itertools.product(
+        MODELS.items(), {"native": 8, "lbw": 25}.items(), phases
+    ):
+        of = dict(zip(("metric", "batch_size", "prompt_length", "decode_at"), phase, strict=True))
+        for arm in [*arms_of(blocks), CEILING]:
+            drop = int(arm) / blocks if arm.isdigit() else None
+            saved = (most if drop is None else 0.97 * most * drop) - blocks / 80
+            spread = {"low": saved - 0.4, "median": saved, "high": saved + 0.6}
+            numbers = {f"speedup_percent_{name}": value for name, value in spread.items()}
+            rows.append({"model": model, "interconnect": link, "arm": arm, "drop": drop, **of, **numbers})
+    return pd.DataFrame(rows)
+
+
+def invented_timeline() -> dict:
+    def kernels(names: list[str]) -> list[dict]:
+        return [
+            {"name": name, "start_us": 20 * i, "end_us": 20 * i + 18, "communicates": name.startswith("nccl")}
+            for i, name in enumerate(names)
+        ]
+
+    tp = ["triton_red_fused_0", "nvjet_tst_64x8", "flash_fwd_kernel", "gemv2T", "ncclDevKernel_AllReduce", "triton_poi",
+          "nvjet_tst_64x8", "triton_poi", "nvjet_tst", "ncclDevKernel_AllReduce"]  # fmt: skip
+    return {"0": kernels(tp), "32": kernels([name for i, name in enumerate(tp) if i != 4])}
+
+
+def test_every_model_phase_and_interconnect_is_drawn(tmp_path: Path) -> None:
+    draw_speedups(invented_rows(), tmp_path / "speedup.png")
+    assert (tmp_path / "speedup.png").stat().st_size > 20_000
+
+
+def test_blocks_are_drawn_kernel_by_kernel(tmp_path: Path) -> None:
+    of = {"model": "llama2_7b", "tp_size": 2, "interconnect": "lbw", "batch_size": 1, "prompt_length": 128}
+    sessions = [of | {"decode_at": 256, "timeline": {"ttft_ms": invented_timeline(), "tpot_ms": invented_timeline()}}]
+    draw_timelines(json.loads(json.dumps(sessions)), tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 15_000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x64_64x8_1x2_h_bz_TNT", "matrix product"),
+        ("triton_red_fused_add_mm_mul_2", "matrix product"),
+        ("triton_red_fused_add_mean_rsqrt_0", "the rest"),
+        ("void flash::flash_fwd_kernel<...>", "attention"),
+        ("void gemv2T_kernel_val<int, ...>", "matrix product"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+    assert kind_of({"name": name, "communicates": False}) == kind
+    assert kind_of({"name": name, "communicates": True}) == "all-reduce"
+
+
+def test_fractions_asked_for_are_numbers_of_blocks() -> None:
+    assert list(arms_of(80)) == ["0", "20", "40", "56", "80"]
+    assert list(arms_of(28)) == ["0", "7", "14", "20", "28"]
+    assert [column(arm, int(arm) / 28) for arm in arms_of(28)] == ["0 %", "25 %", "50 %", "70 %", "100 %"]
+    assert column("no all-reduce", float("nan")) == "no all-reduce"
