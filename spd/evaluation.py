@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lm_eval import simple_evaluate
 from spd.answers import Answers, identity
 from spd.errors import UserError
 from spd.harness import SpdLM
+from spd.launch import Progress
 from spd.model import TensorParallelLM
 from spd.results import digest
 from spd.tasks import task_manager
@@ -29,7 +30,7 @@ def evaluate(
     num_fewshot: int | None = None,
     seed: int = 0,
     answers: str | Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores the model, with the blocks it has dropped, on lm-eval tasks.
 

@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList
 
 from spd.answers import Answers
 from spd.errors import UserError
+from spd.launch import Progress
 from spd.loading import load
 from spd.model import TensorParallelLM
 from spd.plan import DropPlan
@@ -62,7 +63,7 @@ class SpdLM(HFLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         answers: Answers | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
         if isinstance(pretrained, TensorParallelLM):
             model = pretrained

@@ -35,6 +35,7 @@ import psutil
 from spd.errors import UserError
 
 Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
 
 _POLL_S = 0.1
 _LOG_TAIL_LINES = 30

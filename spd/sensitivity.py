@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from spd.errors import UserError
+from spd.launch import Progress
 from spd.model import TensorParallelLM
 from spd.perplexity import next_token_loss, to_perplexity
 from spd.plan import ModelIdentity, distilled
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
 
 ORDERS = ("suffix", "alone", "front")
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from spd.block import Block
 from spd.config import CorrectionConfig, DistillationConfig
 from spd.errors import UserError
+from spd.launch import Progress
 from spd.loading import find_device
 from spd.model import TensorParallelLM
 from spd.plan import DropPlan
@@ -37,9 +38,6 @@ PUBLISHED_LEARNING_RATES = {"opt": 1e-6}
 
 SHORT_PRODUCTS_ON = ("cuda",)
 """Devices on which matrix products of a model in a shorter type are made in bfloat16; elsewhere in float32."""
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
 
 
 @torch.inference_mode(False)
