@@ -306,7 +306,7 @@ SETTINGS = {
     "dtype": "bfloat16", "new_tokens": 4, "launches": 1, "warmup": 1, "all_reduce": "auto", "interconnect": "native",
     "timeout_s": 300,
 }  # fmt: skip
-SHAPE = Shape(batch_size=2, prompt_length=32, decode_at=64, repeats=4)
+SHAPE = Shape(batch_size=2, prompt_length=32, decode_at=64, repeats=4, blocks_alone=True)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def sessions() -> tuple[list[dict], list[tuple[int, int]]]:
     shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=20, repeats=2)]
     found = measure_gpu_latency(
         {"model_type": "llama", **SMALL["llama"]}, 2, {"0": [], "3": [0, 1, 2]}, shapes, devices=["cpu", "cpu"],
-        blocks_alone=True, on_progress=lambda *done: seen.append(done), **SETTINGS | {"launches": 2}
+        on_progress=lambda *done: seen.append(done), **SETTINGS | {"launches": 2}
     )  # fmt: skip
     return found, seen
 
@@ -325,7 +325,7 @@ def test_a_launch_times_every_phase_of_every_arm_at_every_shape(sessions: tuple[
     found, seen = sessions
     assert seen[-1] == (12, 12)
     for session, repeats in zip(found, (4, 2), strict=True):
-        for phase in ("ttft_ms", "tpot_ms", *BLOCKS):
+        for phase in ("ttft_ms", "tpot_ms", *(BLOCKS if session is found[0] else ())):
             assert set(session[phase]) == {"0", "3", *CEILINGS}
             for launches in session[phase].values():
                 assert [len(times) for times in launches] == [repeats, repeats]
@@ -349,7 +349,7 @@ def test_a_sessions_floor_counts_bytes_products_and_every_all_reduce(sessions: t
 def test_a_session_has_an_entry_for_every_arm(sessions: tuple[list[dict], list]) -> None:
     for session in sessions[0]:
         found = summarise(session, "3")
-        assert found["blocks_ms"]["ttft_ms"]["median"] < found["ttft_ms"]["median"] * 1.5
+        assert (found["blocks_ms"] is None) == (session is sessions[0][1])
         assert found["tokens_per_s"]["p10"] <= found["tokens_per_s"]["median"] <= found["tokens_per_s"]["p90"]
         assert found["communication"]["ttft_ms"] == {"before": None, "after": None}  # kernels are a GPU's
         assert json.loads(json.dumps(found)) == found
@@ -392,13 +392,13 @@ def test_one_gpu_gives_a_whole_session() -> None:
     seen: list[tuple[int, int]] = []
     arms = {"0": [], "6": [0, 1, 2, 3, 4, 5]}
     session, longer = measure_gpu_latency(
-        REFERENCE, 1, arms, [SHAPE, Shape(1, 200, 20, 3)], **SETTINGS, blocks_alone=True,
+        REFERENCE, 1, arms, [SHAPE, Shape(1, 200, 20, 3)], **SETTINGS,
         on_progress=lambda *done: seen.append(done)
     )  # fmt: skip
     assert seen[-1] == (7, 7)
-    for one in (session, longer):
-        whole = summarise(one, "6")
-        assert all(whole["blocks_ms"][metric]["median"] < whole[metric]["median"] for metric in whole["blocks_ms"])
+    assert summarise(longer, "6")["ttft_ms"]["median"] > 0
+    whole = summarise(session, "6")
+    assert all(whole["blocks_ms"][metric]["median"] < whole[metric]["median"] for metric in whole["blocks_ms"])
     found = summarise(session, "6")
     for metric in ("ttft_ms", "tpot_ms"):
         assert 0 < found["floor_ms"][metric] < found[metric]["median"] < 100

@@ -32,7 +32,7 @@ from spd.launch import RankFailed
 
 DROPS = (0.0, 0.25, 0.5, 0.7, 1.0)
 SHAPES = {
-    "1x128": Shape(1, 128, decode_at=256, repeats=20),
+    "1x128": Shape(1, 128, decode_at=256, repeats=20, blocks_alone=True),
     "16x128": Shape(16, 128, decode_at=256, repeats=10),
     "1x2048": Shape(1, 2048, decode_at=2048, repeats=10),
     "16x2048": Shape(16, 2048, decode_at=2048, repeats=4),
@@ -175,7 +175,6 @@ if __name__ == "__main__":
                 warmup=1,
                 all_reduce="auto",
                 interconnect=link,
-                blocks_alone=True,
                 tp_plan=options.tp_plan and architecture["model_type"] != "opt",
                 timeout_s=600,
             )

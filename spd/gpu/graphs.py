@@ -19,14 +19,24 @@ def warm_up(run: Callable[[], object], device: torch.device, times: int = 3) -> 
     torch.cuda.synchronize()
 
 
+class Captured:
+    """The kernels of `run`, replayed by a call on the same memory.
+
+    Holds `run`, and so the tensors that it reads. Graphs that never run at once can share a pool (`shared_pool`).
+    """
+
+    def __init__(self, run: Callable[[], object], pool: Any = None) -> None:
+        self.run, self.graph = run, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            run()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def capture(run: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
-    """What replays the kernels of `run`, on the same memory; graphs that never run at once can share a pool."""
-    if device.type != "cuda":
-        return run
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
-    return graph.replay
+    """What runs the same kernels again, as one start on a GPU; `run` has been warmed up."""
+    return Captured(run, pool) if device.type == "cuda" else run
 
 
 def shared_pool(device: torch.device) -> Any:

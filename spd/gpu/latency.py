@@ -38,6 +38,13 @@ class Shape(NamedTuple):
     decode_at: int
     """Position of the first token timed in decoding."""
     repeats: int
+    blocks_alone: bool = False
+    """Whether the decoder blocks are timed by themselves too (`BLOCKS`)."""
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What is timed of every arm."""
+        return METRICS + BLOCKS if self.blocks_alone else METRICS
 
     def cache_length(self, new_tokens: int) -> int:
         """Positions that are kept, a multiple of 128."""
@@ -50,11 +57,6 @@ class Shape(NamedTuple):
 
 def _up(length: int) -> int:
     return -(-length // 128) * 128
-
-
-def phases_of(settings: dict[str, Any]) -> tuple[str, ...]:
-    """What is timed of every arm."""
-    return METRICS + BLOCKS if settings["blocks_alone"] else METRICS
 
 
 def check_gpus(tp_size: int) -> None:
@@ -82,7 +84,6 @@ def measure_gpu_latency(
     warmup: int,
     all_reduce: str,
     interconnect: str,
-    blocks_alone: bool = False,
     tp_plan: bool = False,
     timeout_s: float,
     port: int = 0,
@@ -102,7 +103,6 @@ def measure_gpu_latency(
         dtype: of weights and activations.
         all_reduce: nccl, one_shot, two_shot or auto (`spd.gpu.all_reduce.choose`).
         interconnect: native, lbw or socket (`spd.gpu.interconnect.ENVIRONMENT`).
-        blocks_alone: whether to time the decoder blocks by themselves too (`BLOCKS`).
         tp_plan: whether to time transformers' own tensor parallelism too, in a launch after each of these.
         devices: of each rank, by default cuda:0 to cuda:<tp_size - 1>. Ranks that share a GPU (all_reduce one_shot or
             two_shot, with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing;
@@ -130,10 +130,8 @@ def measure_gpu_latency(
         "new_tokens": new_tokens,
         "warmup": warmup,
         "interconnect": interconnect,
-        "blocks_alone": blocks_alone,
     }
     every = {name: {"dropped": blocks, "left_out": {}} for name, blocks in arms.items()} | CEILINGS
-    phases = phases_of(settings)
     sessions: list[dict[str, Any]] = [
         {
             "source": "measured",
@@ -145,7 +143,7 @@ def measure_gpu_latency(
             "arms": arms,
             "ceilings": list(CEILINGS),
             "launch_s": [],
-            **{phase: {name: [] for name in every} for phase in phases},
+            **{phase: {name: [] for name in every} for phase in shape.phases},
             "tp_plan": {metric: [] for metric in METRICS} if tp_plan else None,
             **{name: [] for name in _OF_LAUNCH},
         }
@@ -178,9 +176,9 @@ def measure_gpu_latency(
             found = ranks("spd.gpu.rank:measure_rank", launch)
             launch_s = round(time.monotonic() - start, 3)
             theirs = ranks("spd.gpu.tp_plan:measure_rank", launch) if tp_plan else [{} for _ in shapes]
-        for session, ours, other in zip(sessions, found, theirs, strict=True):
+        for shape, session, ours, other in zip(shapes, sessions, found, theirs, strict=True):
             session["launch_s"].append(launch_s)
-            for phase in phases:
+            for phase in shape.phases:
                 for name in every:
                     session[phase][name].append(ours[phase][name])
             for metric, times in other.items():

@@ -14,7 +14,7 @@ from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, graphs, interconnect
-from spd.gpu.latency import Shape, phases_of
+from spd.gpu.latency import Shape
 from spd.gpu.limits import Rates, events_ms
 from spd.gpu.memory import check_memory, what_fits
 from spd.gpu.model import Arm, GraphModel
@@ -135,7 +135,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
         torch.cuda.reset_peak_memory_stats(device)
     model.prompt.random_(0, len(model.embedding), generator=torch.Generator(device).manual_seed(settings["seed"]))
     began, pool = time.perf_counter(), graphs.shared_pool(device)
-    phases, names = phases_of(settings), list(arms)
+    phases, names = shape.phases, list(arms)
     replays = {
         (phase, name): model.capture(
             arm,
