@@ -328,6 +328,8 @@ class LatencyConfig:
     all_reduce: AllReduceKind = AllReduceKind.auto
     """latency=gpu: auto measures those that work and takes the quickest for each message size | nccl | one_shot,
     two_shot: symmetric memory over direct links."""
+    blocks_alone: bool = False
+    """latency=gpu: time the decoder blocks by themselves too, without embedding, head and choice."""
     tp_plan: bool = False
     """latency=gpu: time transformers' own tensor parallelism too (tp_plan="auto"), beside the arms."""
     batch_size: int = 1

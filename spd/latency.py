@@ -211,7 +211,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
     blocks_of = list(arms.values())
     fifo = torch.tensor(float(settings["realtime"] and _schedule_first_in_first_out()))
     dist.all_reduce(fifo, op=dist.ReduceOp.MIN)
-    with torch.inference_mode(), _no_garbage_collection():
+    with torch.inference_mode(), no_garbage_collection():
         for _ in range(settings["warmup"]):
             for place in places:
                 model.drop(blocks_of[place])
@@ -249,7 +249,7 @@ def _schedule_first_in_first_out() -> bool:
     return True
 
 
-class _no_garbage_collection:
+class no_garbage_collection:
     """A collection takes milliseconds and would fall on one arm."""
 
     def __enter__(self) -> None:
@@ -300,6 +300,11 @@ def _order_statistics(launches: int) -> tuple[int, float | None]:
     confidences = {k: float(1 - 2 * binom.cdf(k - 1, launches, 0.5)) for k in range(1, (launches + 1) // 2 + 1)}
     k = max((k for k, confidence in confidences.items() if confidence >= CONFIDENCE), default=1)
     return k, confidences[k]
+
+
+def confidence_of(launches: int) -> float | None:
+    """What an interval over so many launches has: `CONFIDENCE`, or less where even their range has less."""
+    return None if launches < 3 else min(CONFIDENCE, 1 - 0.5 ** (launches - 1))
 
 
 def _median_and_interval(values: Sequence[float]) -> dict[str, float | None]:

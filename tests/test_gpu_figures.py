@@ -15,7 +15,7 @@ MODELS = {"llama2_7b": 32, "llama2_70b": 80, "opt_66b": 64}
 
 def invented_rows() -> pd.DataFrame:
     rows = []
-    phases = [("ttft_ms", 1, 128, 256), ("ttft_ms", 1, 2048, 2048), ("tpot_ms", 1, 128, 256)]
+    phases = [("ttft_ms", 1, 128, 256), ("ttft_ms", 1, 2048, None), ("tpot_ms", 1, 128, 256)]
     for (model, blocks), (link, most), phase in itertools.product(
         MODELS.items(), {"native": 8, "lbw": 25}.items(), phases
     ):
@@ -48,7 +48,7 @@ def test_every_model_phase_and_interconnect_is_drawn(tmp_path: Path) -> None:
 
 def test_blocks_are_drawn_kernel_by_kernel(tmp_path: Path) -> None:
     of = {"model": "llama2_7b", "tp_size": 2, "interconnect": "lbw", "batch_size": 1, "prompt_length": 128}
-    sessions = [of | {"decode_at": 256, "timeline": {"ttft_ms": invented_timeline(), "tpot_ms": invented_timeline()}}]
+    sessions = [of | {"decode_at": 256, "timeline": [{"ttft_ms": invented_timeline(), "tpot_ms": invented_timeline()}]}]
     draw_timelines(json.loads(json.dumps(sessions)), tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 15_000
 

@@ -19,7 +19,7 @@ from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import memory
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, summarise
+from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, merged, summarise
 from spd.gpu.model import GraphModel
 from spd.gpu.profile import Kernel, block_timeline, communication
 from spd.launch import run_ranks
@@ -96,13 +96,13 @@ def test_a_model_too_large_for_its_gpu_is_refused_with_what_would_fit() -> None:
     shape = {"config": config, "family": family_of(config), "prompt_length": 128, "cache_length": 512}
     shape |= {"dtype": torch.bfloat16, "batch_size": 16}
     with pytest.raises(UserError) as refused:
-        memory.check_memory(1, 2, torch.device("cuda", 1), int(71e9), **shape)
+        memory.check_memory(1, 2, torch.device("cuda", 1), int(73e9), **shape)
     said = str(refused.value)
-    assert said.startswith("rank 1 of 2 needs 71.22 GB")
+    assert said.startswith("rank 1 of 2 needs 73.22 GB")
     assert "of weights" in said
-    assert "cuda:1 has 71.00 GB free" in said
+    assert "cuda:1 has 73.00 GB free" in said
     assert "latency.batch_size=8 or parallel.tp_size=4 would fit" in said
-    with pytest.raises(UserError, match="nothing of this model fits; one sequence at this tp_size takes 69"):
+    with pytest.raises(UserError, match=r"nothing of this model fits; one sequence at this tp_size takes 7[12]"):
         memory.check_memory(0, 2, torch.device("cuda", 0), int(1e9), **shape)
     memory.check_memory(0, 2, torch.device("cuda", 0), int(80e9), **shape)
 
@@ -251,6 +251,7 @@ def invented_session(launches: int = 5) -> dict:
     settings |= {"prompt_length": 128, "decode_at": 256, "batch_size": 4, "new_tokens": 8, "dtype": "bfloat16"}
     return settings | {
         "interconnect": "native",
+        "metrics": ["ttft_ms", "tpot_ms"],
         "ceilings": list(CEILINGS),
         "ttft_ms": times,
         "tpot_ms": times,
@@ -270,7 +271,10 @@ def test_a_session_is_reported_with_intervals_ceilings_and_floors() -> None:
     # A launch's own pace falls out of the speed-up.
     assert found["ttft_speedup_percent"] == pytest.approx({"median": 10, "low": 10, "high": 10})
     assert found["ceilings"]["tpot_ms"]["no_all_reduce"]["median"] == pytest.approx(40)
-    assert found["fraction_of_ceiling"] == pytest.approx({"ttft_ms": 0.5, "tpot_ms": 0.5})
+    for part in found["fraction_of_ceiling"].values():
+        assert part == pytest.approx({"median": 0.5, "low": 0.5, "high": 0.5})
+    assert found["confidence"] == 1 - 0.5**4
+    assert summarise(invented_session(6), "6")["confidence"] == 0.95
     assert found["over_floor"]["ttft_ms"] == pytest.approx(10.8 / 4.5)
     assert found["communication"]["tpot_ms"]["before"]["share"] == 0.1
     assert found["communication"]["tpot_ms"]["after"]["share"] == 0.09
@@ -291,8 +295,9 @@ def test_transformers_times_are_beside_the_arms() -> None:
 
 def test_transformers_has_no_tensor_parallelism_for_opt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shape = SHAPE._replace(decode_at=32)
     with pytest.raises(UserError, match="transformers has no tp_plan for opt"):
-        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, [SHAPE], **SETTINGS, tp_plan=True)
+        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, [shape], **SETTINGS, tp_plan=True)
 
 
 def test_fewer_than_three_launches_have_no_interval() -> None:
@@ -313,7 +318,7 @@ SHAPE = Shape(batch_size=2, prompt_length=32, decode_at=64, repeats=4, blocks_al
 def sessions() -> tuple[list[dict], list[tuple[int, int]]]:
     """Two CPU ranks over gloo, two launches of two shapes; nothing is compiled or captured."""
     seen: list[tuple[int, int]] = []
-    shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=20, repeats=2)]
+    shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=None, repeats=2)]
     found = measure_gpu_latency(
         {"model_type": "llama", **SMALL["llama"]}, 2, {"0": [], "3": [0, 1, 2]}, shapes, devices=["cpu", "cpu"],
         on_progress=lambda *done: seen.append(done), **SETTINGS | {"launches": 2}
@@ -325,7 +330,7 @@ def test_a_launch_times_every_phase_of_every_arm_at_every_shape(sessions: tuple[
     found, seen = sessions
     assert seen[-1] == (12, 12)
     for session, repeats in zip(found, (4, 2), strict=True):
-        for phase in ("ttft_ms", "tpot_ms", *(BLOCKS if session is found[0] else ())):
+        for phase in ("ttft_ms", "tpot_ms", *BLOCKS) if session is found[0] else ("ttft_ms",):
             assert set(session[phase]) == {"0", "3", *CEILINGS}
             for launches in session[phase].values():
                 assert [len(times) for times in launches] == [repeats, repeats]
@@ -349,17 +354,21 @@ def test_a_sessions_floor_counts_bytes_products_and_every_all_reduce(sessions: t
 def test_a_session_has_an_entry_for_every_arm(sessions: tuple[list[dict], list]) -> None:
     for session in sessions[0]:
         found = summarise(session, "3")
-        assert (found["blocks_ms"] is None) == (session is sessions[0][1])
-        assert found["tokens_per_s"]["p10"] <= found["tokens_per_s"]["median"] <= found["tokens_per_s"]["p90"]
+        prefill_alone = session is sessions[0][1]
+        assert (
+            (found["blocks_ms"] is None) == (found["tokens_per_s"] is None) == ("tpot_ms" not in found) == prefill_alone
+        )
+        if not prefill_alone:
+            assert found["tokens_per_s"]["p10"] <= found["tokens_per_s"]["median"] <= found["tokens_per_s"]["p90"]
         assert found["communication"]["ttft_ms"] == {"before": None, "after": None}  # kernels are a GPU's
         assert json.loads(json.dumps(found)) == found
 
 
 def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list[dict], list]) -> None:
     rows = pd.DataFrame([row for session in sessions[0] for row in rows_of(session, 3, model="small")])
-    assert len(rows) == 2 * 2 * 4
+    assert len(rows) == 3 * 4
     assert set(rows["drop"].dropna()) == {0, 1}
-    assert (rows["median_ms"] > rows["floor_ms"]).all()
+    assert (rows[["median_ms", "floor_ms", "over_floor"]] > 0).all(axis=None)
     shown = table(rows)
     assert "| small | 2 | native | 2 | prefill 32 |" in shown
     assert "| 0 % | 100 % | no attention all-reduce | no all-reduce |" in shown
@@ -376,12 +385,34 @@ def test_transformers_own_ranks_are_timed_in_launches_of_their_own() -> None:
     assert last["arm"] == "tp_plan"
     assert last["median_ms"] > 0
     assert pd.isna(last["floor_ms"])
+    assert last["times_ours_median"] > 0
+
+
+def test_sessions_of_other_launches_are_put_together(sessions: tuple[list[dict], list]) -> None:
+    for session in sessions[0]:
+        whole = merged(session, session)
+        assert whole["launches"] == 4
+        assert summarise(whole, "3")["confidence"] == 0.875
+        for name, value in session.items():
+            of_launches = isinstance(value, list) and name not in ("metrics", "ceilings")
+            assert whole[name] == (value + value if of_launches else whole[name])
+            if name.endswith("_ms") and isinstance(value, dict):
+                assert whole[name] == {arm: times + times for arm, times in value.items()}
+
+
+def test_positions_that_a_model_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="up to position 68, and this model takes 64"):
+        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, [SHAPE], **SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("at", "prompt", "reach", "cache"), [(256, 128, 384, 384), (256, 2048, 384, 2048), (2048, 2048, 2176, 2176)]
+    ("at", "prompt", "reach", "cache"),
+    [(256, 128, 384, 384), (256, 2048, 384, 2048), (2048, 2048, 2176, 2176), (None, 2048, None, 2048)],
 )
-def test_decoding_looks_no_further_than_its_position(at: int, prompt: int, reach: int, cache: int) -> None:
+def test_decoding_looks_no_further_than_its_position(
+    at: int | None, prompt: int, reach: int | None, cache: int
+) -> None:
     shape = Shape(1, prompt, decode_at=at, repeats=1)
     assert (shape.reach(8), shape.cache_length(8)) == (reach, cache)
 

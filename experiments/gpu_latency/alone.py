@@ -56,11 +56,7 @@ def measure(name: str, tp_size: int, batch: int, prompt: int, cache: int, replay
             for arm in list(arms)[:: 1 if replay % 2 else -1]:
                 model.position.fill_(256)
                 times[arm].append(events_ms(graphs[decode, arm], 1))
-        tokens = batch * (1 if decode else prompt)
-        in_blocks = sum(block.bytes for block in model.blocks)
-        products = (in_blocks * tokens + (weights - in_blocks) * batch) / 2 * 2
-        keys_and_values = 2 * sum(k[:, :, :256].numel() * k.element_size() for k, _ in model.cache) if decode else 0
-        floor = limits.floor_ms(weights + keys_and_values, products)
+        floor = limits.floor_ms(*model.work(256 if decode else None))
         for arm, taken in times.items():
             low, median, high = np.percentile(taken[enough // 10 :], [10, 50, 90]).round(4)
             rows.append({

@@ -1,6 +1,7 @@
-"""The figures of experiments/gpu_latency: python -m experiments.gpu_latency.draw latency.csv timelines.json
+"""The figures of a folder of experiments.gpu_latency.measure: python -m experiments.gpu_latency.draw FOLDER [MODEL]
 
-speedup.png: what dropping saves, beside the ceilings. timeline.png: the kernels of one block, TP and SPD.
+speedup.png: what dropping saves, beside the ceilings. timeline.png: the kernels of one block of a model (llama2_7b),
+TP and SPD, batch 1.
 """
 
 import json
@@ -17,13 +18,13 @@ from matplotlib.patches import Patch
 
 from spd.figures import COLOURS, MARKERS
 
-HERE = Path(__file__).parent
 CEILING = "no attention all-reduce"
 KINDS = {"all-reduce": COLOURS[1], "matrix product": COLOURS[0], "attention": COLOURS[2], "the rest": COLOURS[5]}
 
 
 def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
     """A column a phase, a row an interconnect; lines are models, each with its ceiling, dashed."""
+    rows = rows.fillna({"decode_at": 0})
     phases = rows[["metric", "batch_size", "prompt_length", "decode_at"]].drop_duplicates()
     links, models = list(rows["interconnect"].unique()), list(rows["model"].unique())
     figure = Figure(figsize=(2.9 * len(phases), 2.7 * len(links) + 0.5), layout="constrained")
@@ -51,7 +52,7 @@ def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _phase(phase: Any) -> str:
-    what = f"prefill {phase.prompt_length}" if phase.metric == "ttft_ms" else f"decode at {phase.decode_at}"
+    what = f"prefill {phase.prompt_length}" if phase.metric == "ttft_ms" else f"decode at {phase.decode_at:.0f}"
     return f"{what}, batch {phase.batch_size}"
 
 
@@ -82,11 +83,14 @@ def kind_of(kernel: dict[str, Any]) -> str:
 
 
 def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
-    """A panel a session and phase: the kernels of a TP block over those of an SPD block, in microseconds."""
+    """A panel a session and phase: the kernels of a TP block over those of an SPD block, in microseconds.
+
+    Sessions are those of `spd.gpu.latency`, each with its "model".
+    """
     panels = [
         (session, metric, arms)
         for session in found
-        for metric, arms in session["timeline"].items()
+        for metric, arms in (session["timeline"][0] or {}).items()
         if len(arms) == 2 and all(arms.values())
     ]
     figure = Figure(figsize=(11, 1.5 * len(panels) + 0.6), layout="constrained")
@@ -111,6 +115,14 @@ def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    csv, timelines = map(Path, sys.argv[1:])
-    draw_speedups(pd.read_csv(csv, dtype={"arm": str}), csv.with_name("speedup.png"))
-    draw_timelines(json.loads(timelines.read_text()), csv.with_name("timeline.png"))
+    folder, model = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "llama2_7b"
+    draw_speedups(pd.read_csv(folder / "latency.csv", dtype={"arm": str}), folder / "speedup.png")
+    entries = json.loads((folder / "sessions.json").read_text()).values()
+    sessions = [
+        session | {"model": model}
+        for entry in entries
+        if entry["model"] == model
+        for session in entry["sessions"]
+        if session["batch_size"] == 1
+    ]
+    draw_timelines(sessions, folder / "timeline.png")

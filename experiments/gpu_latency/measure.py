@@ -1,17 +1,18 @@
 """Latencies of `latency=gpu` as one CSV: shapes, interconnects, arms, ceilings, floors and shares of communication.
 
-    python -m experiments.gpu_latency.measure --models llama2_7b --tp-size 2 --interconnects native --record x.csv
-
-    python -m experiments.gpu_latency.measure --table x.csv      # as Markdown
+    python -m experiments.gpu_latency.measure out --models llama2_7b --tp-size 2 --interconnects native --launches 3
+    python -m experiments.gpu_latency.measure out --launches 0      # out/latency.csv and the table of what is there
 
 What `python run.py experiment=gpu_latency` measures, for machines that have neither Hydra nor lm-eval, and with all
-shapes in one launch. Weights are random. A row is one arm of one phase: milliseconds and speed-ups with what
-`spd.gpu.latency.summarise` says of them. Rows are written as they come, and a session that failed is missing from them.
+shapes in one launch. Weights are random. `out/sessions.json` is written after every launch, and launches are added to
+what is in it: a measurement can be stopped and go on, and a launch that fails loses nothing else. A row of the CSV is
+one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
 """
 
 import argparse
 import itertools
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,18 @@ from spd.checkpoint import read_architecture
 from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu.latency import Shape, measure_gpu_latency, summarise
+from spd.gpu.latency import Shape, measure_gpu_latency, merged, summarise
 from spd.gpu.memory import needed
-from spd.latency import METRICS
 from spd.launch import RankFailed
 
 DROPS = (0.0, 0.25, 0.5, 0.7, 1.0)
 SHAPES = {
     "1x128": Shape(1, 128, decode_at=256, repeats=20, blocks_alone=True),
     "16x128": Shape(16, 128, decode_at=256, repeats=10),
-    "1x2048": Shape(1, 2048, decode_at=2048, repeats=10),
-    "16x2048": Shape(16, 2048, decode_at=2048, repeats=4),
+    "1x2048": Shape(1, 2048, decode_at=None, repeats=6),
+    "16x2048": Shape(16, 2048, decode_at=None, repeats=2),
 }
-"""Batch size x prompt tokens; the longer a forward takes, the less its time varies."""
+"""Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 NEW_TOKENS = 8
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
@@ -53,20 +53,23 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
     rows = []
     of_session = ("tp_size", "interconnect", "batch_size", "prompt_length", "decode_at", "launches", "repeats")
     of_all = of_all | {name: session[name] for name in of_session}
-    for metric, arm in itertools.product(METRICS, [*session["arms"], *session["ceilings"]]):
+    for metric, arm in itertools.product(session["metrics"], [*session["arms"], *session["ceilings"]]):
         found = summarise(session, arm)
         faster, shares = found[metric.replace("_ms", "_speedup_percent")], found["communication"][metric]["after"] or {}
         chosen, link = (found["all_reduce"] or {}).get(metric) or {}, found["link"] or {}
         alone = (found["blocks_ms"] or {}).get(metric, {})
+        ceiling = found["fraction_of_ceiling"][metric] or {}
+        tokens = (found["tokens_per_s"] or {}) if metric == "tpot_ms" else {}
         rows.append({
             **of_all,
             "metric": metric,
             "arm": ARMS.get(arm, arm),
             "drop": round(int(arm) / blocks, 4) if arm.isdigit() else None,
             **{f"{name}_ms": found[metric][name] for name in ("median", "low", "high", "p10", "p90")},
-            "blocks_alone_ms": alone.get("median"),
+            **{f"blocks_alone_ms_{name}": alone.get(name) for name in ("median", "low", "high")},
             **{f"speedup_percent_{name}": faster[name] for name in ("median", "low", "high")},
-            "fraction_of_ceiling": found["fraction_of_ceiling"][metric],
+            **{f"fraction_of_ceiling_{name}": ceiling.get(name) for name in ("median", "low", "high")},
+            **{f"tokens_per_s_{name}": tokens.get(name) for name in ("median", "low", "high", "p10", "p90")},
             "floor_ms": found["floor_ms"][metric],
             "over_floor": found["over_floor"][metric],
             "communication_share": shares.get("share"),
@@ -76,14 +79,14 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             "fell_back": json.dumps(chosen.get("fell_back", {})),
             "link_small_message_us": link.get("small_message_us"),
             "link_bandwidth_gb_per_s": link.get("bandwidth_gb_per_s"),
-            "tokens_per_s": found["tokens_per_s"]["median"] if metric == "tpot_ms" else None,
             "peak_memory_gb": found["peak_memory_gb"]["median"],
         })  # fmt: skip
     if session["tp_plan"] is not None:
         theirs = summarise(session, "0")["tp_plan"]
-        for metric in METRICS:
+        for metric in session["metrics"]:
             times = {f"{name}_ms": theirs[metric][name] for name in ("median", "low", "high")}
-            rows.append(dict.fromkeys(rows[0]) | of_all | {"metric": metric, "arm": ARMS["tp_plan"], **times})
+            slower = {f"times_ours_{name}": theirs["times_ours"][metric][name] for name in ("median", "low", "high")}
+            rows.append(dict.fromkeys(rows[0]) | of_all | {"metric": metric, "arm": ARMS["tp_plan"], **times, **slower})
     return rows
 
 
@@ -94,9 +97,9 @@ def table(rows: pd.DataFrame) -> str:
     heads = ["model", "tp", "interconnect", "batch", "phase", "floor", *arms]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     keys = ["model", "tp_size", "interconnect", "batch_size", "prompt_length", "decode_at", "metric"]
-    for (model, tp, link, batch, prompt, at, metric), some in rows.groupby(keys, sort=False):
+    for (model, tp, link, batch, prompt, at, metric), some in rows.groupby(keys, sort=False, dropna=False):
         by_arm = some.set_index("arm")
-        phase = f"prefill {prompt}" if metric == "ttft_ms" else f"decode at {at}"
+        phase = f"prefill {prompt}" if metric == "ttft_ms" else f"decode at {at:.0f}"
         cells = []
         for arm in arms:
             if arm not in by_arm.index:  # a family that transformers has no plan for
@@ -131,65 +134,83 @@ def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> lis
     return found
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["llama2_7b", "llama2_70b"])
-    parser.add_argument("--tp-size", type=int, default=2)
-    parser.add_argument("--interconnects", nargs="+", default=["native", "lbw"])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
-    parser.add_argument("--record", type=Path)
-    parser.add_argument("--timelines", type=Path, help="JSON for the kernels of one block, TP and SPD")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no session after so many")
-    parser.add_argument("--table", type=Path, help="print the table of such a record, and measure nothing")
-    options = parser.parse_args()
-    if options.table:
-        print(table(pd.read_csv(options.table, dtype={"arm": str})))
-        raise SystemExit
-    here = {
+def add_launch(entry: dict[str, Any], name: str, link: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What `sessions.json` has of a model and interconnect ({} where it has nothing), and one launch more."""
+    architecture = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())["architecture"]
+    blocks = architecture["num_hidden_layers"]
+    before = entry.get("sessions")
+    sessions = measure_gpu_latency(
+        architecture,
+        options.tp_size,
+        arms_of(blocks),
+        fitting(architecture, options.tp_size, options.shapes),
+        dtype="bfloat16",
+        new_tokens=NEW_TOKENS,
+        launches=1,
+        first_launch=before[0]["launches"] if before else 0,
+        warmup=1,
+        all_reduce="auto",
+        interconnect=link,
+        tp_plan=options.tp_plan,
+        timeout_s=options.timeout,
+    )
+    print(name, link, sessions[0]["launch_s"], [session["capture_s"] for session in sessions], flush=True)
+    if before:
+        sessions = [merged(*two) for two in zip(before, sessions, strict=True)]
+    return {"model": name, "blocks": blocks, "here": here(), "sessions": sessions}
+
+
+def here() -> dict[str, Any]:
+    """What this machine measures with."""
+    smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(0),
+        "driver": subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[attr-defined]
     }
-    rows: list[dict[str, Any]] = []
-    timelines: list[dict[str, Any]] = []
-    began = time.monotonic()
-    for name, link in itertools.product(options.models, options.interconnects):
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where sessions.json is, or shall be")
+    parser.add_argument("--models", nargs="+", default=["llama2_7b", "llama2_70b"])
+    parser.add_argument("--tp-size", type=int, default=2)
+    parser.add_argument("--interconnects", nargs="+", default=["native", "lbw"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument(
+        "--launches", type=int, default=3, help="how many there shall be, those that are there included"
+    )
+    parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
+    parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch after so many")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file, began = options.folder / "sessions.json", time.monotonic()
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    for launch, name, link in itertools.product(range(options.launches), options.models, options.interconnects):
+        key = f"{name} tp{options.tp_size} {link}"
+        entry = found.get(key, {})
+        if (entry["sessions"][0]["launches"] if entry else 0) > launch:
+            continue
         if time.monotonic() - began > options.seconds:
-            print(f"{name} {link}: not begun, the time is up", flush=True)
+            print(f"{key}, launch {launch}: not begun, the time is up", flush=True)
             continue
-        architecture = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())["architecture"]
-        blocks = architecture["num_hidden_layers"]
         try:
-            sessions = measure_gpu_latency(
-                architecture,
-                options.tp_size,
-                arms_of(blocks),
-                fitting(architecture, options.tp_size, options.shapes),
-                dtype="bfloat16",
-                new_tokens=NEW_TOKENS,
-                launches=options.launches,
-                warmup=1,
-                all_reduce="auto",
-                interconnect=link,
-                tp_plan=options.tp_plan and architecture["model_type"] != "opt",
-                timeout_s=600,
-            )
+            found[key] = add_launch(entry, name, link, options)
         except (UserError, RankFailed) as error:  # what was measured before is not lost with it
-            print(f"{name} {link}: {error}", flush=True)
+            print(f"{key}, launch {launch}: {error}", flush=True)
             continue
-        for session in sessions:
-            rows += rows_of(session, blocks, **here, model=name)
-            batch, prompt = session["batch_size"], session["prompt_length"]
-            of = {"model": name, "tp_size": options.tp_size, "interconnect": link, "blocks": blocks}
-            of |= {"batch_size": batch, "prompt_length": prompt, "decode_at": session["decode_at"]}
-            timelines.append(of | {"timeline": session["timeline"][0]})
-            print(name, link, f"{batch}x{prompt}", session["launch_s"], session["seconds"], session["capture_s"])
-        if options.record:
-            pd.DataFrame(rows).round(4).to_csv(options.record, index=False)
-        if options.timelines:
-            options.timelines.write_text(json.dumps(timelines))
-    print(table(pd.DataFrame(rows)))
+        file.write_text(json.dumps(found))
+    if not found:
+        raise SystemExit("nothing was measured")
+    rows = pd.DataFrame([
+        row
+        for entry in found.values()
+        for session in entry["sessions"]
+        for row in rows_of(session, entry["blocks"], **entry["here"], model=entry["model"])
+    ])  # fmt: skip
+    rows.round(4).to_csv(options.folder / "latency.csv", index=False)
+    print(table(rows))

@@ -94,6 +94,7 @@ def choose(
         UserError: the kind asked for does not work here, with the reason.
     """
     asked = KINDS if kind == "auto" else (kind,)
+    peers = _devices(device)
     made: dict[int, AllReduce] = {}
     found: dict[int, dict[str, Any]] = {}
     for size in sorted(set(sizes)):
@@ -101,19 +102,17 @@ def choose(
         us: dict[str, float] = {}
         refused: dict[str, str] = {}
         for name in asked:
-            reason = _why_not(name, size * dtype.itemsize, device, direct_links, only=kind != "auto")
+            reason = _agreed(
+                _why_not(name, size * dtype.itemsize, device, peers, direct_links, only=kind != "auto"), device
+            )
             if reason is None:
                 try:
-                    reduce = make(name, size, dtype, device)
-                    taken = time_us(reduce, size, dtype, device)
-                    reason = None
+                    working[name] = make(name, size, dtype, device)
                 except RuntimeError as error:  # symmetric memory's own, of drivers and topologies
                     reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                reasons: list[str | None] = [None] * dist.get_world_size()
-                dist.all_gather_object(reasons, reason)  # one rank's failure is all ranks' choice
-                reason = next((one for one in reasons if one is not None), None)
+                reason = _agreed(reason, device)
             if reason is None:
-                working[name], us[name] = reduce, round(taken, 2)
+                us[name] = round(time_us(working[name], size, dtype, device), 2)
             else:
                 refused[name] = reason
         if not us:
@@ -129,7 +128,35 @@ def choose(
     return by_size, found
 
 
-def _why_not(kind: str, size: int, device: torch.device, direct_links: bool, *, only: bool) -> str | None:
+def _on(device: torch.device) -> torch.device:
+    """Where the process group sums numbers of ours."""
+    return device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def slowest(values: Tensor, device: torch.device) -> Tensor:
+    """The largest of any rank's, number by number."""
+    values = values.to(_on(device))
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.cpu()
+
+
+def _agreed(reason: str | None, device: torch.device) -> str | None:
+    """A reason if any rank has one: what one rank cannot do, none does."""
+    anywhere = bool(slowest(torch.tensor(reason is not None, dtype=torch.int32), device))
+    return (reason or "it failed on another rank") if anywhere else None
+
+
+def _devices(device: torch.device) -> list[int]:
+    """The index of every rank's device."""
+    mine = torch.tensor([-1 if device.index is None else device.index], device=_on(device))
+    found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return [int(index) for index in found]
+
+
+def _why_not(
+    kind: str, size: int, device: torch.device, peers: list[int], direct_links: bool, *, only: bool
+) -> str | None:
     """Why a kind is not to be tried for messages of `size` bytes; None where it is."""
     if kind == "nccl":
         shared = device.type == "cuda" and dist.get_backend() != "nccl"
@@ -141,11 +168,7 @@ def _why_not(kind: str, size: int, device: torch.device, direct_links: bool, *, 
     if size > LARGEST_SHARED and not only:
         return f"messages above {LARGEST_SHARED >> 20} MiB are left to NCCL"
     mine: int = device.index
-    far = [
-        other
-        for other in range(torch.cuda.device_count())
-        if other < dist.get_world_size() and other != mine and not torch.cuda.can_device_access_peer(mine, other)
-    ]
+    far = [other for other in peers if other != mine and not torch.cuda.can_device_access_peer(mine, other)]
     return f"GPU {mine} cannot read GPU {far[0]}'s memory directly" if far else None
 
 
@@ -158,11 +181,8 @@ def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.devi
         for _ in range(_CALLS):
             local = reduce(local)
 
-    graphs.warm_up(many, device, times=1)
+    graphs.warm_up(many, device)
     replay = graphs.capture(many, device)
     replay()
     best = min(events_ms(replay, 1) for _ in range(7)) * 1e3 / _CALLS
-    on = device if dist.get_backend() == "nccl" else "cpu"
-    slowest = torch.tensor(best, dtype=torch.float64, device=on)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return float(slowest)
+    return float(slowest(torch.tensor(best, dtype=torch.float64), device))

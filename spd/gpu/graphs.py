@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def warm_up(run: Callable[[], object], device: torch.device, times: int = 3) -> None:
+def warm_up(run: Callable[[], object], device: torch.device, times: int = 1) -> None:
     """Runs what will be captured, so that compilers and libraries have done what cannot be recorded."""
     if device.type != "cuda":
         return

@@ -209,10 +209,13 @@ class Halves:
         return residual, partial + F.linear(inner, w.mlp_output)
 
     @staticmethod
-    def spd_mlp(stage: Stage, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        """`R` and `S_i` of an SPD block, `S_i` in as few kernels as that of a TP block; may overwrite `P_i`."""
-        if x.shape[0] * x.shape[1] == 1:
-            return stage.spd_mlp(x, partial, w)  # the product is a Triton kernel, which adds `P_i` too
+    def spd_mlp(stage: Stage, x: Tensor, partial: Tensor, w: Weights, *, fused: bool) -> tuple[Tensor, Tensor]:
+        """`R` and `S_i` of an SPD block, `S_i` in as few kernels as that of a TP block; may overwrite `P_i`.
+
+        `fused` is for one token: the output product is then a Triton kernel, which adds `P_i` too.
+        """
+        if fused:
+            return stage.spd_mlp(x, partial, w)
         residual, inner = stage.spd_inner(x, partial, w)
         # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
         partial.view(-1, partial.shape[-1]).addmm_(inner.flatten(0, 1), w.mlp_output.T)  # a view, or it would be lost

@@ -6,13 +6,14 @@ model can run with, there are two ceilings: no all-reduce after attention in any
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from spd.errors import UserError
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.latency import CONFIDENCE, METRICS, lock_file, shifted
+from spd.latency import CONFIDENCE, METRICS, confidence_of, lock_file, shifted
 from spd.launch import Progress, run_ranks
 
 CEILINGS: dict[str, dict[str, Any]] = {
@@ -26,7 +27,7 @@ BLOCKS = ("ttft_blocks_ms", "tpot_blocks_ms")
 
 _OF_LAUNCH = (
     *("seconds", "capture_s", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms"),
-    *("communication", "timeline"),
+    *("fused_output", "nccl_environment", "communication", "timeline"),
 )
 
 
@@ -35,8 +36,8 @@ class Shape(NamedTuple):
 
     batch_size: int
     prompt_length: int
-    decode_at: int
-    """Position of the first token timed in decoding."""
+    decode_at: int | None
+    """Position of the first token timed in decoding; None times prefill alone."""
     repeats: int
     blocks_alone: bool = False
     """Whether the decoder blocks are timed by themselves too (`BLOCKS`)."""
@@ -44,15 +45,26 @@ class Shape(NamedTuple):
     @property
     def phases(self) -> tuple[str, ...]:
         """What is timed of every arm."""
-        return METRICS + BLOCKS if self.blocks_alone else METRICS
+        every = METRICS + BLOCKS if self.blocks_alone else METRICS
+        return tuple(phase for phase in every if phase.startswith("ttft") or self.decode_at is not None)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `METRICS` that are timed."""
+        return tuple(phase for phase in self.phases if phase in METRICS)
+
+    def reach(self, new_tokens: int) -> int | None:
+        """Positions that the timed decoding steps look at, as a serving engine's would: those there are, to 128."""
+        # One more than are timed, for the second of two replays under the profiler where there is one new token.
+        return None if self.decode_at is None else _up(self.decode_at + new_tokens + 1)
 
     def cache_length(self, new_tokens: int) -> int:
         """Positions that are kept, a multiple of 128."""
-        return _up(max(self.prompt_length, self.decode_at + new_tokens))
+        return max(_up(self.prompt_length), self.reach(new_tokens) or 0)
 
-    def reach(self, new_tokens: int) -> int:
-        """Positions that the timed decoding steps look at, as a serving engine's would: those there are, to 128."""
-        return _up(self.decode_at + new_tokens)
+    def positions(self, new_tokens: int) -> int:
+        """Positions that the model has to have."""
+        return max(self.prompt_length, 0 if self.decode_at is None else self.decode_at + new_tokens)
 
 
 def _up(length: int) -> int:
@@ -81,6 +93,7 @@ def measure_gpu_latency(
     dtype: str,
     new_tokens: int,
     launches: int,
+    first_launch: int = 0,
     warmup: int,
     all_reduce: str,
     interconnect: str,
@@ -101,6 +114,8 @@ def measure_gpu_latency(
         arms: name of each arm -> the blocks it drops, "0" among them, the baseline.
         shapes: batch sizes and lengths, one after the other in each launch, which reads the weights once.
         dtype: of weights and activations.
+        launches, first_launch: how many, and the number of the first, which is its seed: sessions of the same settings
+            can be put together (`merged`).
         all_reduce: nccl, one_shot, two_shot or auto (`spd.gpu.all_reduce.choose`).
         interconnect: native, lbw or socket (`spd.gpu.interconnect.ENVIRONMENT`).
         tp_plan: whether to time transformers' own tensor parallelism too, in a launch after each of these.
@@ -111,19 +126,28 @@ def measure_gpu_latency(
     Returns:
         A session for each shape: its settings, "arms" and "ceilings"; for ttft_ms and tpot_ms (and `BLOCKS`) `{arm:
         [[milliseconds of each repeat] of each launch]}`; "tp_plan", the same of transformers, or None; and of each
-        launch what `spd.gpu.rank.measure_rank` found beside the times ("communication" and "timeline" of the first
+        launch what `spd.gpu.rank.measure_rank` found beside the times ("communication" and "timeline" of launch 0
         alone). Give it to `summarise`.
 
     Raises:
-        UserError: there are too few GPUs, a rank's part does not fit, or the all-reduce asked for does not work here.
+        UserError: there are too few GPUs or positions, a rank's part does not fit, or the all-reduce asked for does not
+            work here.
         spd.launch.RankFailed: a rank died, or a launch took longer than `timeout_s`.
     """
     if devices is None:
         check_gpus(tp_size)
-    if tp_plan:
-        from spd.gpu.tp_plan import check_has_plan, config_of  # imports torch and transformers: slow
+    from spd.checkpoint import read_architecture, read_config  # imports torch and transformers: slow
 
-        check_has_plan(config_of(model))
+    config = read_architecture(model) if isinstance(model, dict) else read_config(model)
+    for shape in shapes:
+        if (asked := shape.positions(new_tokens)) > (config.max_position_embeddings or asked):
+            raise UserError(
+                f"Latency is asked for up to position {asked}, and this model takes {config.max_position_embeddings}."
+            )
+    if tp_plan:
+        from spd.gpu.tp_plan import check_has_plan
+
+        check_has_plan(config)
     settings: dict[str, Any] = {
         "tp_size": tp_size,
         "dtype": dtype,
@@ -143,8 +167,9 @@ def measure_gpu_latency(
             "arms": arms,
             "ceilings": list(CEILINGS),
             "launch_s": [],
+            "metrics": list(shape.metrics),
             **{phase: {name: [] for name in every} for phase in shape.phases},
-            "tp_plan": {metric: [] for metric in METRICS} if tp_plan else None,
+            "tp_plan": {metric: [] for metric in shape.metrics} if tp_plan else None,
             **{name: [] for name in _OF_LAUNCH},
         }
         for shape in shapes
@@ -152,10 +177,13 @@ def measure_gpu_latency(
     given = {"architecture": model} if isinstance(model, dict) else {"checkpoint": str(model.resolve())}
     # Multicast is left off: the kernels used here need none, and not every machine permits it.
     environment = ENVIRONMENT[interconnect] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    if devices and set(devices) == {"cpu"}:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     rounds = sum(shape.repeats for shape in shapes)
 
-    def ranks(function: str, launch: int) -> list[dict[str, Any]]:
+    def ranks(function: str, launch: int, **more: Any) -> list[dict[str, Any]]:
         asked = {"checkpoint": None, "architecture": None, **given, **settings, "seed": launch, "timeout_s": timeout_s}
+        asked |= more
         asked |= {"shapes": [shape._asdict() for shape in shapes], "arms": every, "all_reduce": all_reduce}
         asked |= {"devices": devices or [f"cuda:{rank}" for rank in range(tp_size)], "profile": launch == 0}
         found: list[dict[str, Any]] = run_ranks(
@@ -166,16 +194,19 @@ def measure_gpu_latency(
             timeout_s=timeout_s,
             environment=environment,
             log_dir=log_dir,
-            on_progress=shifted(on_progress, launch * rounds, launches * rounds),
+            on_progress=shifted(on_progress, (launch - first_launch) * rounds, launches * rounds),
         )["shapes"]
         return found
 
-    for launch in range(launches):
-        with FileLock(lock_file(), mode=0o666):  # two launches at once would time each other
+    for launch in range(first_launch, first_launch + launches):
+        with FileLock(lock_file(), mode=0o666), TemporaryDirectory(prefix="spd-tp-plan-") as folder:
+            # Locked, as two launches at once would time each other.
             start = time.monotonic()
             found = ranks("spd.gpu.rank:measure_rank", launch)
             launch_s = round(time.monotonic() - start, 3)
-            theirs = ranks("spd.gpu.tp_plan:measure_rank", launch) if tp_plan else [{} for _ in shapes]
+            theirs: list[dict[str, Any]] = [{} for _ in shapes]
+            if tp_plan:
+                theirs = ranks("spd.gpu.tp_plan:measure_rank", launch, folder=folder)
         for shape, session, ours, other in zip(shapes, sessions, found, theirs, strict=True):
             session["launch_s"].append(launch_s)
             for phase in shape.phases:
@@ -186,8 +217,21 @@ def measure_gpu_latency(
             for name in _OF_LAUNCH:
                 session[name].append(ours[name])
         if on_progress is not None:
-            on_progress((launch + 1) * rounds, launches * rounds)
+            on_progress((launch + 1 - first_launch) * rounds, launches * rounds)
     return sessions
+
+
+def merged(session: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """One session of the launches of two of the same settings."""
+    whole = dict(session)
+    whole["launches"] = session["launches"] + more["launches"]
+    for name in ("launch_s", *_OF_LAUNCH):
+        whole[name] = session[name] + more[name]
+    for phase in (phase for phase in METRICS + BLOCKS if phase in session):
+        whole[phase] = {arm: launches + more[phase][arm] for arm, launches in session[phase].items()}
+    if session["tp_plan"] is not None:
+        whole["tp_plan"] = {metric: times + more["tp_plan"][metric] for metric, times in session["tp_plan"].items()}
+    return whole
 
 
 def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[str, Any]:
@@ -198,9 +242,9 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
     launches; of three it is their range, which order statistics give 75 %), "p10" to "p90" over all repeats of all
     launches. "blocks_ms" are the decoder blocks alone, None where they were not timed. "ceilings" are the speed-ups of
     the ceilings, and "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where
-    that saves nothing). "tp_plan" has transformers' own times, and how many times the arm's they are. "floor_ms",
-    "over_floor", "communication" (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first
-    launch's.
+    that saves nothing). "tp_plan" has transformers' own times, and how many times the arm's they are. "peak_memory_gb"
+    is what torch allocated, NCCL's buffers and the driver's own not counted. "floor_ms", "over_floor", "communication"
+    (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first launch's.
     """
     import numpy as np
 
@@ -217,23 +261,24 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
             *("new_tokens", "dtype", "interconnect"),
         )
     }
-    entry["confidence"] = CONFIDENCE if session["launches"] >= 3 else None
+    entry["confidence"] = confidence_of(session["launches"])
     entry["per_launch"], entry["ceilings"], entry["fraction_of_ceiling"] = {}, {}, {}
     entry["floor_ms"], entry["over_floor"], entry["communication"] = {}, {}, {}
-    for metric in METRICS:
+    for metric in session["metrics"]:
         times, faster = medians(metric, arm).tolist(), metric.replace("_ms", "_speedup_percent")
         entry[metric] = _bootstrap(times) | _spread(np.concatenate(session[metric][arm]))
         entry[faster] = _bootstrap(speedup(metric, arm))
         entry["per_launch"] |= {metric: times, faster: speedup(metric, arm)}
         entry["ceilings"][metric] = {name: _bootstrap(speedup(metric, name)) for name in session["ceilings"]}
         most = entry["ceilings"][metric]["no_attention_all_reduce"]["median"]
-        entry["fraction_of_ceiling"][metric] = entry[faster]["median"] / most if most > 0 else None
+        parts = np.array(speedup(metric, arm)) / np.array(speedup(metric, "no_attention_all_reduce"))
+        entry["fraction_of_ceiling"][metric] = _bootstrap(parts.tolist()) if most > 0 else None
         entry["floor_ms"][metric] = floor = session["floor_ms"][0][metric][arm]
         entry["over_floor"][metric] = entry[metric]["median"] / floor
-        shares = session["communication"][0][metric]
-        entry["communication"][metric] = {"before": shares[baseline], "after": shares[arm]}
+        shares = (session["communication"][0] or {}).get(metric) or {}
+        entry["communication"][metric] = {"before": shares.get(baseline), "after": shares.get(arm)}
     if session["tp_plan"] is not None:
-        theirs = {metric: [float(np.median(times)) for times in session["tp_plan"][metric]] for metric in METRICS}
+        theirs = {metric: [float(np.median(one)) for one in times] for metric, times in session["tp_plan"].items()}
         entry["tp_plan"] = {metric: _bootstrap(times) for metric, times in theirs.items()}
         entry["tp_plan"]["times_ours"] = {
             metric: _bootstrap((np.array(times) / medians(metric, arm)).tolist()) for metric, times in theirs.items()
@@ -241,8 +286,10 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
     blocks = {phase.replace("_blocks", ""): medians(phase, arm) for phase in BLOCKS if phase in session}
     entry["blocks_ms"] = {metric: _bootstrap(times.tolist()) for metric, times in blocks.items()} or None
     tokens, peaks = 1e3 * session["batch_size"], session["peak_memory_gb"]
-    rates = tokens / np.concatenate(session["tpot_ms"][arm])
-    entry["tokens_per_s"] = _bootstrap((tokens / medians("tpot_ms", arm)).tolist()) | _spread(rates)
+    entry["tokens_per_s"] = None
+    if "tpot_ms" in session:
+        rates = tokens / np.concatenate(session["tpot_ms"][arm])
+        entry["tokens_per_s"] = _bootstrap((tokens / medians("tpot_ms", arm)).tolist()) | _spread(rates)
     entry["peak_memory_gb"] = _bootstrap(peaks) | _spread(peaks)
     return entry | {name: session[name][0] for name in ("rates", "link", "all_reduce")}
 

@@ -17,6 +17,8 @@ class Needed(NamedTuple):
     cache: int
     activations: int
     """About: what two layers hold at once, and the logits."""
+    runtime: int = 2 * 10**9
+    """About: the buffers of NCCL, symmetric memory, cuBLAS and CUDA graphs."""
 
     @property
     def total(self) -> int:
@@ -24,7 +26,7 @@ class Needed(NamedTuple):
         return sum(self)
 
     def __str__(self) -> str:
-        parts = (self.weights, self.cache, self.activations)
+        parts = (self.weights, self.cache, self.activations + self.runtime)
         weights, cache, rest = (f"{part / 1e9:.2f}" for part in parts)
         return f"{self.total / 1e9:.2f} GB ({weights} of weights, {cache} of keys and values, about {rest} at work)"
 

@@ -21,6 +21,7 @@ from spd.families import Family
 from spd.gpu import graphs
 from spd.gpu.all_reduce import AllReduce
 from spd.gpu.halves import Halves, Weights
+from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
 
 
@@ -122,6 +123,8 @@ class GraphModel:
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
         self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
         """Logits [B, V] that `token` was chosen by."""
+        self.fused_output = batch_size == 1
+        """Whether a dropped block's decoding step has its output product fused (`Halves.spd_mlp`)."""
         self._columns = torch.arange(cache_length, device=self.device)
         self._warm: set[int | None] = set()
 
@@ -171,27 +174,37 @@ class GraphModel:
             residual = residual + self.positions[positions]
         return States(residual, torch.zeros_like(residual), rope, positions)
 
-    def _blocks(self, states: States, arm: Arm, reach: int | None) -> tuple[Tensor, Tensor]:
-        """`R` and the sum of the `S_i` behind the last block; decoding looks at `reach` cached positions, and prefill,
-        for which that is None, at its own prompt."""
+    @torch.no_grad()
+    def _blocks(self, states: States, arm: Arm, reach: int | None, blocks: int | None = None) -> tuple[Tensor, Tensor]:
+        """`R` and the sum of the `S_i` behind the last block, or the first few; decoding looks at `reach` cached
+        positions, and prefill, for which that is None, at its own prompt."""
         residual, summed, rope, positions = states
         decode = reach is not None
         stage = self.halves.decode if decode else self.halves.prefill
         where = (positions, self._columns[:reach] <= positions) if decode else ()
-        for i, (w, cache) in enumerate(zip(self.blocks, self.cache, strict=True)):
+        for i, (w, cache) in enumerate(zip(self.blocks[:blocks], self.cache[:blocks], strict=True)):
             keys, values = (part[:, :, :reach] for part in cache)
             x, partial = stage.attention(residual, summed, w, rope, keys, values, *where)
             if i in arm.dropped:
-                residual, local = self.halves.spd_mlp(stage, x, partial, w)
+                fused = decode and self.fused_output
+                residual, local = self.halves.spd_mlp(stage, x, partial, w, fused=fused)
             else:
                 attended = self._sum(partial) if arm.attention_all_reduce else partial
                 residual, local = stage.tp_mlp(x, attended, w)
             summed = self._sum(local) if arm.mlp_all_reduce else local
         return residual, summed
 
-    @torch.no_grad()
-    def _blocks_alone(self, states: States, arm: Arm, reach: int | None) -> None:
-        self._blocks(states, arm, reach)
+    def work(self, decode_at: int | None) -> tuple[int, float]:
+        """Bytes that a forward reads at least, weights and keys and values up to `decode_at`, and the operations of its
+        matrix products. `decode_at` is None for prefill."""
+        batch, prompt = self.prompt.shape
+        size = self.dtype.itemsize
+        blocks, head = sum(block.bytes for block in self.blocks), self.head.numel() * size
+        read, tokens = blocks + head, batch * prompt
+        if decode_at is not None:
+            read += sum(cache[:, :, :decode_at].numel() * size for pair in self.cache for cache in pair)
+            tokens = batch
+        return read, 2 * (blocks / size * tokens + head / size * batch)
 
     def _sum(self, local: Tensor) -> Tensor:
         return local if self.all_reduce is None else self.all_reduce(local)
@@ -236,18 +249,41 @@ class GraphModel:
         run = functools.partial(self.decode, arm, reach) if decode else functools.partial(self.prefill, arm)
         if blocks_alone:
             ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
-            run = functools.partial(self._blocks_alone, self._embed(ids, positions), arm, reach)
+            run = functools.partial(self._blocks, self._embed(ids, positions), arm, reach)
         return graphs.capture(run, self.device, pool)
 
     def _warm_up(self, reach: int | None) -> None:
         """Compiles both blocks' functions, and lets libraries make their workspaces, once for each kind of graph."""
-        if reach in self._warm:
+        if reach in self._warm or self.device.type != "cuda":
             return
         self._warm.add(reach)
+        decode = reach is not None
+        ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
 
         def run() -> None:
-            for arm in (Arm(), Arm(frozenset(range(self.num_blocks)))):
-                self.position.zero_()
-                self.prefill(arm) if reach is None else self.decode(arm, reach)
+            for arm in (Arm(), Arm(frozenset({0, 1}))):
+                # Two blocks have all the shapes that more have.
+                self._choose(*self._blocks(self._embed(ids, positions), arm, reach, blocks=2))
 
+        self.position.zero_()
         graphs.warm_up(run, self.device, times=2)
+        if decode and self.fused_output:
+            self.fused_output = self._fused_is_quicker()
+            graphs.warm_up(run, self.device, times=2)
+
+    def _fused_is_quicker(self) -> bool:
+        """Whether a dropped block's decoding step is: Triton's kernels are chosen by trial, and a choice can be
+        unlucky."""
+        x = torch.randn_like(self._embed(self.token, self.position).residual)
+
+        def steps(fused: bool) -> None:
+            for w in self.blocks[:16]:  # together too large for any cache
+                self.halves.spd_mlp(self.halves.decode, x, x.clone(), w, fused=fused)
+
+        taken = {}
+        for fused in (True, False):
+            run = functools.partial(torch.no_grad()(steps), fused)
+            graphs.warm_up(run, self.device)
+            replay = graphs.capture(run, self.device)
+            taken[fused] = min(events_ms(replay, 1) for _ in range(9))
+        return taken[True] <= taken[False]

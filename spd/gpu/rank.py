@@ -1,5 +1,6 @@
 """One rank of one launch of `latency=gpu`: builds its part of the model, captures every arm, times them in turns."""
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from spd.gpu.limits import Rates, events_ms
 from spd.gpu.memory import check_memory, what_fits
 from spd.gpu.model import Arm, GraphModel
 from spd.gpu.profile import block_timeline, communication, kernels_of
-from spd.latency import METRICS, arm_order
+from spd.latency import arm_order, no_garbage_collection
 from spd.launch import Progress
 
 
@@ -84,13 +85,14 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             device=device,
             compiled=device.type == "cuda",
         )
+        synchronise(device)
         build_s = round(time.perf_counter() - began, 1)
         arms = {name: Arm(frozenset(arm["dropped"]), **arm["left_out"]) for name, arm in settings["arms"].items()}
         bench, found, done = Bench(model, arms, rates, chosen, settings), [], 0
         rounds = sum(shape.repeats for shape in shapes)
         for place, shape in enumerate(shapes):
             if place:
-                torch.compiler.reset()  # it keeps few versions of a function
+                torch.cuda.empty_cache()  # the graphs of the shape before are gone
                 model.resize(*sized[place])
 
             def told(repeat: int, before: int = done) -> None:
@@ -98,6 +100,8 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
 
             found.append({"seconds": {"build": build_s}, "link": link} | _measure(bench, shape, told))
             done += shape.repeats
+        gc.collect()  # NCCL waits for graphs that hold its kernels
+        synchronise(device)
         return {"shapes": found}
     except torch.OutOfMemoryError as error:
         total = torch.cuda.mem_get_info(device)[1]
@@ -110,20 +114,25 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
 def start(settings: dict[str, Any], rank: int) -> torch.device:
     """This rank's device, in a process group whose waiting is bounded: NCCL's, or gloo's on CPUs and a shared GPU."""
     device = torch.device(settings["devices"][rank])
-    limit, nccl = timedelta(seconds=settings["timeout_s"]), False
+    limit, nccl = timedelta(seconds=min(300, settings["timeout_s"])), False
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape
         nccl = len(set(settings["devices"])) == settings["tp_size"]
     dist.init_process_group("nccl" if nccl else "gloo", timeout=limit, device_id=device if nccl else None)
     return device
 
 
+def synchronise(device: torch.device) -> None:
+    """Waits for the GPU, if it is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _messages(shape: Shape, hidden_size: int) -> dict[str, int]:
     """Numbers in the messages of prefill and of decoding."""
-    return {
-        "ttft_ms": shape.batch_size * shape.prompt_length * hidden_size,
-        "tpot_ms": shape.batch_size * hidden_size,
-    }
+    tokens = {"ttft_ms": shape.prompt_length, "tpot_ms": 1}
+    return {metric: shape.batch_size * tokens[metric] * hidden_size for metric in shape.metrics}
 
 
 def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             arm,
             decode=phase.startswith("tpot"),
             reach=shape.reach(new_tokens),
-            blocks_alone=phase not in METRICS,
+            blocks_alone=phase not in shape.metrics,
             pool=pool,
         )
         for phase in phases
@@ -153,20 +162,21 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
         """Milliseconds of each phase by this rank's clock, all ranks let go together."""
         taken = []
         for phase in phases:
-            model.position.fill_(shape.decode_at)
+            model.position.fill_(shape.decode_at or 0)
             meet(device)
             taken.append(events_ms(replays[phase, name], new_tokens if phase.startswith("tpot") else 1))
         return taken
 
-    for _ in range(settings["warmup"]):
-        for name in names:
-            timed(name)
     times = torch.zeros(len(phases), len(names), shape.repeats, dtype=torch.float64)
-    for repeat in range(shape.repeats):
-        for place in arm_order(len(names), repeat):
-            times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
-        told(repeat + 1)
-    found = slowest(times, device)
+    with no_garbage_collection():
+        for _ in range(settings["warmup"]):
+            for name in names:
+                timed(name)
+        for repeat in range(shape.repeats):
+            for place in arm_order(len(names), repeat):
+                times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
+            told(repeat + 1)
+    found = all_reduce.slowest(times, device)
     peak = torch.tensor(float(torch.cuda.max_memory_allocated(device) if on_cuda else 0), dtype=torch.float64)
     messages = _messages(shape, model.embedding.shape[1])
     return {
@@ -175,7 +185,9 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             for p, phase in enumerate(phases)
         },
         "capture_s": captured_s,
-        "peak_memory_gb": round(float(slowest(peak, device)) / 1e9, 3),
+        "fused_output": model.fused_output,
+        "nccl_environment": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
+        "peak_memory_gb": round(float(all_reduce.slowest(peak, device)) / 1e9, 3),
         "rates": {
             "bandwidth_gb_per_s": round(bench.rates.bandwidth / 1e9, 1),
             "tflop_per_s": round(bench.rates.flops / 1e12, 3),
@@ -197,35 +209,19 @@ def meet(device: torch.device) -> None:
     if dist.get_backend() == "nccl":
         dist.all_reduce(torch.zeros(1, device=device))
     else:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         dist.barrier()
-
-
-def slowest(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The largest of any rank's, number by number."""
-    values = values.to(device if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.cpu()
 
 
 def _floor_ms(bench: Bench, arm: Arm, decode_at: int | None, message: int) -> float:
     """Weights, and keys and values up to `decode_at`, over measured bandwidth, or matrix products over the measured
     rate; and every all-reduce, of `message` numbers, at its measured latency. `decode_at` is None for prefill."""
     model = bench.model
-    batch, prompt = model.prompt.shape
-    size = model.dtype.itemsize
-    blocks, head = sum(block.bytes for block in model.blocks), model.head.numel() * size
-    read, tokens = blocks + head, batch * prompt
-    if decode_at is not None:
-        read += sum(cache[:, :, :decode_at].numel() * size for pair in model.cache for cache in pair)
-        tokens = batch
-    operations = 2 * (blocks / size * tokens + head / size * batch)
     undropped = model.num_blocks - len(arm.dropped)
     sums = undropped * arm.attention_all_reduce + model.num_blocks * arm.mlp_all_reduce
     chosen = bench.all_reduce.get(message)
     reduce_us = chosen["us"][chosen["kind"]] if chosen else 0.0
-    return bench.rates.floor_ms(read, operations) + sums * reduce_us / 1e3
+    return bench.rates.floor_ms(*model.work(decode_at)) + sums * reduce_us / 1e3
 
 
 def _profiles(
@@ -233,15 +229,13 @@ def _profiles(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Of each forward of each arm, the share of communication; of a block in the middle, its timeline."""
     model = bench.model
-    shares: dict[str, dict[str, Any]] = {metric: {} for metric in METRICS}
-    timeline: dict[str, dict[str, Any]] = {metric: {} for metric in METRICS}
-    for metric in METRICS:
+    shares: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
+    timeline: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
+    for metric in shape.metrics:
         for name, arm in bench.arms.items():
-            replay = replays[metric, name]
-            model.position.fill_(shape.decode_at)
+            model.position.fill_(shape.decode_at or 0)
             meet(model.device)
-            replay()
-            kernels = kernels_of(replay)
+            kernels = kernels_of(replays[metric, name])
             shares[metric][name] = communication(kernels)
             if arm.attention_all_reduce and arm.mlp_all_reduce and len(arm.dropped) in (0, model.num_blocks):
                 timeline[metric][name] = block_timeline(kernels, model.num_blocks // 2, arm.dropped)

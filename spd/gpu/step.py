@@ -42,7 +42,7 @@ def gpu_latency(
     }
 
     decode_at = settings.decode_at or settings.prompt_length
-    shape = Shape(settings.batch_size, settings.prompt_length, decode_at, settings.repeats)
+    shape = Shape(settings.batch_size, settings.prompt_length, decode_at, settings.repeats, settings.blocks_alone)
 
     def measure() -> dict[str, Any]:
         display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} GPUs")
