@@ -8,32 +8,38 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from spd.model import TensorParallelLM
-from spd.results import digest, made_by
+from spd.results import digest, made_by, texts_digest
 
 
 class Answers:
-    """Known answers, by task, the task's version, kind of request and arguments.
+    """Known answers of models, by task, the task's version, kind of request and arguments.
 
     Args:
-        file: where they are kept, one JSON object a line; None keeps them in memory only. A last line that was cut
-            off in the middle is ignored.
+        folder: has a file for all that determines a model's answers (`identity`), one JSON object a line. A last line
+            that was cut off in the middle is ignored.
         versions: gives task -> version, once the tasks are loaded.
     """
 
-    def __init__(self, file: Path | None = None, versions: Callable[[], dict[str, Any]] = dict) -> None:
-        self.file, self.versions = file, versions
+    def __init__(self, folder: str | Path, versions: Callable[[], dict[str, Any]] = dict) -> None:
+        self.folder, self.versions = Path(folder), versions
+        self._file: Path | None = None
+
+    def open(self, model: TensorParallelLM) -> None:
+        """What follows is of the model as it is now."""
+        file = self.folder / f"{digest(identity(model))}.jsonl"
+        if file == self._file:
+            return
+        self._file = file
         self._known: dict[str, Any] = {}
         self._asked: dict[str, set[str]] = {}
-        self._whole = True  # whether the file ends where a line does
-        if file is not None and file.exists():
-            text = file.read_text()
-            self._whole = not text or text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._known[entry["request"]] = entry["answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+        text = file.read_text() if file.exists() else ""
+        self._whole = not text or text.endswith("\n")  # whether the file ends where a line does
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                self._known[entry["request"]] = entry["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
 
     def find(self, request: Instance) -> Any | None:
         """The answer, in JSON's types; None if it is not known."""
@@ -46,13 +52,14 @@ class Answers:
 
     def add(self, kind: str, args: Any, answer: Any) -> None:
         """Keeps the answer to what was asked for and not known, under every task that asked for it."""
+        assert self._file is not None
         fresh = dict.fromkeys(self._asked.pop(_digest(kind, args), ()), answer)
-        self._known |= fresh
-        if self.file is None or not fresh:
+        if not fresh:
             return
+        self._known |= fresh
         lines = [json.dumps({"request": key, "answer": value}) + "\n" for key, value in fresh.items()]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:  # of several writers, each adds whole lines
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:  # of several writers, each adds whole lines
             file.write(("" if self._whole else "\n") + "".join(lines))
         self._whole = True
 
@@ -62,11 +69,18 @@ def _digest(kind: str, args: Any) -> str:
 
 
 def identity(model: TensorParallelLM) -> dict[str, Any]:
-    """What determines a model's answers: weights, plan, tp size, type, and what computes."""
-    outcomes = {i: model.outcomes[i] for i in model.dropped if i in model.outcomes}
+    """What determines a model's answers: weights, tokenizer, generation settings, plan, tp size, type, and what
+    computes."""
+    told = ("seconds", "notes")  # of how a block was treated, not of what became of it
+    outcomes = {
+        i: {name: value for name, value in model.outcomes[i].items() if name not in told}
+        for i in model.dropped
+        if i in model.outcomes
+    }
     return {
         **made_by(),
         "weights": model.fingerprint,
+        "texts": texts_digest(model.folder),
         "tp_size": model.tp_size,
         "dtype": str(model.dtype),
         "device": model.device.type,

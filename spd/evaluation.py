@@ -8,16 +8,12 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 
-from spd.answers import Answers, identity
+from spd.answers import Answers
 from spd.errors import UserError
 from spd.harness import SpdLM
 from spd.launch import Progress
 from spd.model import TensorParallelLM
-from spd.results import digest
-from spd.tasks import task_manager
-
-MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score", "score")
-"""The metric that stands for a task, the first of these it reports; a task's other metrics are kept beside it."""
+from spd.tasks import MAIN_METRICS, task_manager
 
 
 def evaluate(
@@ -60,12 +56,11 @@ def evaluate(
     # lm-eval would bootstrap some errors in forked processes, and a fork of one that has computed with threads can wait
     # for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    file = Path(answers) / f"{digest(identity(model))}.jsonl" if answers else None
     results = simple_evaluate(
         model=SpdLM(
             model,
             batch_size=batch_size,
-            answers=Answers(file, lambda: manager.versions),
+            answers=Answers(answers, lambda: manager.versions) if answers else None,
             on_progress=on_progress or (lambda done, total: None),
         ),
         tasks=list(tasks),

@@ -8,7 +8,10 @@ lock-step.
 Legend: B batch, T tokens, V vocabulary.
 """
 
+import difflib
+import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,16 +45,18 @@ class SpdLM(HFLM):
         batch_size: sequences at a time, formed by length; "auto" takes the largest that fits in memory (virtual ranks).
         max_batch_size: where "auto" begins.
         max_length, add_bos_token, prefix_token_id: as for lm-eval's `hf`.
-        answers: what was answered before, and where answers are kept.
+        answers: folder in which answers are kept as they come, under what determines them, and looked for: an
+            evaluation that was stopped goes on where it was. None remembers nothing.
         on_progress: called with (requests answered, requests known of); by default lm-eval shows its own bars.
 
     Raises:
-        UserError: as `spd.load`; a plan that treats blocks; batch_size=auto with ranks=processes.
+        UserError: as `spd.load`; an argument that is not known; a plan that treats blocks; batch_size=auto with
+            ranks=processes.
     """
 
     def __init__(
         self,
-        pretrained: str | TensorParallelLM,
+        pretrained: str | TensorParallelLM | None = None,
         tp_size: int | None = None,
         plan: str | None = None,
         ranks: str = "virtual",
@@ -62,9 +67,11 @@ class SpdLM(HFLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
-        answers: Answers | None = None,
+        answers: Answers | str | Path | None = None,
         on_progress: Progress | None = None,
+        **unknown: Any,
     ) -> None:
+        _check_arguments(unknown, pretrained=pretrained, tp_size=tp_size)
         if isinstance(pretrained, TensorParallelLM):
             model = pretrained
         else:
@@ -76,6 +83,7 @@ class SpdLM(HFLM):
                 )
             if str(device).startswith("cuda") and not torch.cuda.is_available():
                 device = None  # what lm-eval's command says where nothing was asked for
+            assert pretrained is not None
             size = tp_size or (given.tp_size if given else None)
             model = load(pretrained, size, ranks, None if dtype == "auto" else dtype, device)
             if given:
@@ -95,17 +103,22 @@ class SpdLM(HFLM):
             prefix_token_id=prefix_token_id,
         )
         self.tensor_parallel = model
-        self.answers, self.on_progress = answers or Answers(), on_progress
+        self.answers = answers if answers is None or isinstance(answers, Answers) else Answers(answers)
+        self.on_progress = on_progress
         self.cache_hook = self
         self._done = self._total = 0
 
     def add_partial(self, method: str, args: Any, answer: Any) -> None:
         """Takes an answer as soon as it is there: this model stands where lm-eval's request cache would."""
-        if 0 in self.tensor_parallel.ranks.local:
+        if self.answers is not None and 0 in self.tensor_parallel.ranks.local:
             self.answers.add(method, args, answer)
         self._done += 1
         if self.on_progress:
             self.on_progress(self._done, self._total)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuses lm-eval's request cache, which does not know of plans and differs between ranks."""
+        raise UserError("--use_cache would serve another plan's answers; write answers=<folder> in --model_args.")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         quiet = disable_tqdm or self.on_progress is not None
@@ -125,8 +138,13 @@ class SpdLM(HFLM):
 
     def _answer(self, requests: list[Instance], compute: Callable[[list[Instance]], Sequence[Any]]) -> list[Any]:
         """Answers to the requests, those computed that are not known."""
-        # Rank 0 knows what was answered: the ranks must not differ in what they compute.
-        known = self.tensor_parallel.ranks.of_first([self.answers.find(request) for request in requests])
+        known: list[Any] = [None] * len(requests)
+        if self.answers is not None:
+            # Rank 0 knows what was answered: the ranks must not differ in what they compute.
+            if 0 in self.tensor_parallel.ranks.local:
+                self.answers.open(self.tensor_parallel)
+                known = [self.answers.find(request) for request in requests]
+            known = self.tensor_parallel.ranks.of_first(known)
         rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
         self._total += len(rest)
         fresh = iter(compute(rest) if rest else [])
@@ -154,3 +172,16 @@ class SpdLM(HFLM):
             same = self.tensor_parallel.ranks.of_first
             options["logits_processor"] = LogitsProcessorList([lambda _, scores: same(scores.contiguous())])
         return super()._model_generate(context, max_length, stop, **options)
+
+
+def _check_arguments(unknown: dict[str, Any], **given: Any) -> None:
+    """Raises UserError for model arguments that lm-eval's command took and the model does not."""
+    known = [name for name in inspect.signature(SpdLM.__init__).parameters if name not in ("self", "unknown")]
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}."
+        raise UserError(f"The model spd takes no {name}; {hint}")
+    if given["pretrained"] is None:
+        raise UserError("The model spd needs pretrained=<folder or hub id>.")
+    if not isinstance(given["tp_size"], int | None):
+        raise UserError(f"tp_size={given['tp_size']} is no number of ranks; give 1 or more (1, 2, 4, 8).")

@@ -7,6 +7,7 @@ Nothing here imports `datasets` before it has to: that takes a second.
 """
 
 import functools
+import textwrap
 from pathlib import Path
 
 from spd.errors import UserError
@@ -53,6 +54,9 @@ def remedy(name: str, data_root: Path | None, setting: str, error: Exception) ->
     """What went wrong when a data set was loaded, where it was looked for, and what to do."""
     text = str(error).strip()
     details = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    if error.__cause__ is not None:  # `datasets` says what went wrong in the cause alone
+        details += f" from {type(error.__cause__).__name__}: {str(error.__cause__).strip()}"
+    details = textwrap.shorten(details, 240, placeholder=" ...")
     if data_root is not None:
         return (
             f"the data set {name} cannot be read from {data_root / name} ({details}); "

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from spd.gpu.latency import check_gpus
 from spd.hub import read_text
 from spd.launch import check_port
 from spd.plan import PLAN_FILE, DropPlan
-from spd.results import digest, file_digest
+from spd.results import digest, file_digest, texts_digest
 from spd.sharding import check_tp_size
+
+if TYPE_CHECKING:
+    from spd.tasks import Asked
 
 
 def check(config: RunConfig, here: bool = True) -> None:
@@ -68,7 +72,7 @@ def check(config: RunConfig, here: bool = True) -> None:
         samples_of(config, setting, folder)
     if config.strategy.name is not Strategy.zs and config.drop > 0:
         _check_recovery_text(config, folder)
-    _tasks_digest(config)
+    _check_generation(config, hf, str(folder))
 
 
 def _latency_lengths(config: RunConfig) -> dict[str, int]:
@@ -93,7 +97,7 @@ def _check_recovery_text(config: RunConfig, folder: Path) -> None:
     """Raises UserError where the windows of the calibration text would overlap: the held-out ones could not judge."""
     data = config.data
     needed = data.recovery_samples * data.sequence_length
-    tokens = len(_tokens(_documents(config, "path"), folder, _tokenizer_digest(folder)))
+    tokens = len(_tokens(_documents(config, "path"), folder, texts_digest(folder)))
     if tokens < needed:
         raise UserError(
             f"{_text_name(config, 'path')} has {tokens} tokens, too few for data.recovery_samples="
@@ -105,31 +109,42 @@ def _check_recovery_text(config: RunConfig, folder: Path) -> None:
 def file_digests(config: RunConfig, folder: Path) -> dict[str, str | None]:
     """Hashes of the files a point reads, in the place of their paths: moved files are the same files."""
     return {
-        "tokenizer": _tokenizer_digest(folder),
+        "tokenizer": texts_digest(folder),
         "calibration": _text_digest(config, "path"),
         "heldout": _text_digest(config, "heldout_path"),
         "tasks": _tasks_digest(config),
     }
 
 
-def _tokenizer_digest(folder: Path) -> str:
-    texts = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja"))
-    return digest([file_digest(file) for file in texts])
+def _asked(config: RunConfig) -> "Asked | None":
+    """What there is to know of the tasks; None where there are none."""
+    settings = config.eval
+    if not settings.tasks:
+        return None
+    from spd.tasks import look_at  # imports lm-eval: slow, and not needed where no task is asked for
+
+    include = optional_path(settings.include_path, "eval.include_path")
+    root = optional_path(settings.data_root, "eval.data_root")
+    return look_at(tuple(settings.tasks), include, root, settings.num_fewshot)
 
 
 def _tasks_digest(config: RunConfig) -> str | None:
     """Of the tasks' rows, and of the folder that defines them (lm-eval's own definitions go with its version)."""
-    settings = config.eval
-    if not settings.tasks:
-        return None
-    from spd.tasks import tasks_digest  # imports lm-eval: slow, and not needed where no task is asked for
+    asked, include = _asked(config), optional_path(config.eval.include_path, "eval.include_path")
+    return None if asked is None else digest([asked.digest, file_digest(include) if include else None])
 
-    include, root = (
-        optional_path(settings.include_path, "eval.include_path"),
-        optional_path(settings.data_root, "eval.data_root"),
-    )
-    rows = tasks_digest(tuple(settings.tasks), include, root, settings.num_fewshot)
-    return digest([rows, file_digest(include) if include else None])
+
+def _check_generation(config: RunConfig, hf: PretrainedConfig, model: str) -> None:
+    """Raises UserError where a task's answers are longer than what the model takes."""
+    asked = _asked(config)
+    if asked is None:
+        return
+    tokens, task = asked.longest
+    if tokens >= hf.max_position_embeddings:
+        raise UserError(
+            f"The task {task} has answers of up to {tokens} tokens generated, and {model} takes "
+            f"{hf.max_position_embeddings} positions, prompt included; leave the task out, or give another model."
+        )
 
 
 def _text_digest(config: RunConfig, setting: str) -> str:
@@ -163,7 +178,7 @@ def _documents(config: RunConfig, setting: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4)  # millions of tokens take seconds, and every point of a sweep draws from the same
-def _tokens(documents: tuple[str, ...], folder: Path, tokenizer_digest: str) -> Tensor:
+def _tokens(documents: tuple[str, ...], folder: Path, texts: str) -> Tensor:
     return tokenize(documents, read_tokenizer(folder))
 
 
@@ -175,6 +190,6 @@ def samples_of(config: RunConfig, setting: str, folder: Path, samples: int | Non
         folder: the checkpoint.
         samples: by default `data.samples`.
     """
-    tokens = _tokens(_documents(config, setting), folder, _tokenizer_digest(folder))
+    tokens = _tokens(_documents(config, setting), folder, texts_digest(folder))
     number, length = samples or config.data.samples, config.data.sequence_length
     return draw_samples(tokens, _text_name(config, setting), number, length, config.seed)

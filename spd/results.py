@@ -197,6 +197,12 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def texts_digest(folder: Path) -> str:
+    """Of what a checkpoint's folder has beside its weights: tokenizer, config, generation settings."""
+    texts = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja"))
+    return digest([file_digest(file) for file in texts])
+
+
 def made_by() -> dict[str, Any]:
     """What makes numbers other ones for the same configuration: this code's format and the libraries that compute."""
     return {"format": FORMAT, "versions": {name: _version(name) for name in ("torch", "transformers", "lm_eval")}}

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -20,6 +20,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from spd.errors import UserError
 from spd.hub import is_hub_name, locate, remedy
+
+MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score", "score")
+"""The metric that stands for a task, the first of these it reports; a task's other metrics are kept beside it."""
 
 _SETTING = "eval.data_root"
 _LONGBENCH = {"rouge", "jieba", "fuzzywuzzy"}
@@ -76,7 +79,12 @@ class Tasks(TaskManager):
         self.versions: dict[str, Any] = {}
 
     def load(self, *args: Any, **options: Any) -> Any:
-        loaded = super().load(*args, **options)
+        try:
+            loaded = super().load(*args, **options)
+        except UserError:  # which is a ValueError too
+            raise
+        except ValueError as error:  # a task beside a group that it is in
+            raise UserError(f"These tasks cannot be evaluated together: {error}.") from error
         self.versions |= {name: task.VERSION for name, task in loaded["tasks"].items()}
         return loaded
 
@@ -149,28 +157,59 @@ def _check_yaml(folder: str | Path | None) -> None:
             raise UserError(f"{file} is no YAML: {error}") from error
 
 
+class Asked(NamedTuple):
+    """What there is to know of tasks before they are evaluated."""
+
+    digest: str
+    """SHA-256 of the rows that an evaluation reads, the same wherever they lie."""
+    longest: tuple[int, str]
+    """Tokens of the longest text to be generated, and the task that wants it; (0, "") where none is."""
+
+
 @functools.lru_cache(maxsize=64)  # the points of a sweep share their tasks
-def tasks_digest(
+def look_at(
     tasks: tuple[str, ...], include_path: Path | None, data_root: Path | None, num_fewshot: int | None
-) -> str:
-    """SHA-256 of the rows that an evaluation reads, the same wherever they lie. Loads them all, and so finds what is
-    missing before a model is loaded.
+) -> Asked:
+    """Loads all rows, and so finds what is missing before a model is loaded.
 
     Raises:
-        UserError: a task that does not exist, or whose data or Python packages are missing; says what to do.
+        UserError: a task that does not exist, that has no score or too few examples to show, or whose data or Python
+            packages are missing; says what to do.
     """
     manager = task_manager(tasks, include_path, data_root)
-    try:
-        loaded = manager.load(list(tasks))["tasks"]
-    except UserError:  # which is a ValueError too
-        raise
-    except ValueError as error:  # a task beside a group that it is in
-        raise UserError(f"eval.tasks={list(tasks)} cannot be evaluated together: {error}.") from error
-    total = hashlib.sha256()
-    for name, task in sorted(loaded.items()):
+    found = manager.load(list(tasks))
+    for name in tasks:
+        _check_scored(name, found)
+    total, longest = hashlib.sha256(), (0, "")
+    for name, task in sorted(found["tasks"].items()):
         shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
-        for rows in (task.eval_docs, task.fewshot_docs() if shots else []):
+        examples = list(task.fewshot_docs()) if shots else []
+        _check_examples(name, task, shots or 0, len(examples))
+        if task.OUTPUT_TYPE == "generate_until":
+            longest = max(longest, ((task.config.generation_kwargs or {}).get("max_gen_toks", 256), name))
+        for rows in (task.eval_docs, examples):
             total.update(f"\0{name}\0".encode())
             for row in rows:
                 total.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return total.hexdigest()
+    return Asked(total.hexdigest(), longest)
+
+
+def _check_scored(name: str, found: dict[str, Any]) -> None:
+    if name in found["groups"]:
+        metrics = [one.metric for one in found["groups"][name].aggregate_metric_list or []]
+        instead = f"name its tasks: [{','.join(found['group_map'][name])}]"
+    else:
+        metrics, instead = list(found["tasks"][name].aggregation()), "leave it out"
+    if not set(metrics) & set(MAIN_METRICS):
+        reported = ", ".join(metrics) or "nothing"
+        raise UserError(f"{name!r} reports none of {', '.join(MAIN_METRICS)}, but {reported}; {instead}.")
+
+
+def _check_examples(name: str, task: Task, shots: int, examples: int) -> None:
+    config = task.config
+    if task.fewshot_cfg.split == (config.test_split or config.validation_split):
+        examples -= 1  # an item is no example of itself
+    if 0 < shots > examples:
+        raise UserError(
+            f"eval.num_fewshot={shots} is more than the {examples} examples that the task {name} has; give fewer."
+        )

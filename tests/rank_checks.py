@@ -88,6 +88,19 @@ def answer(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
     return found
 
 
+def generate_with_noise(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
+    """What every rank generates where rank 1 sees other numbers than rank 0."""
+    from spd.harness import SpdLM
+
+    model = spd.load(arguments["folder"], tp_size=2, ranks="processes", dtype="float32")
+    if torch.distributed.get_rank() == 1:
+        head = model.hf.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, logits: torch.randn_like(logits))
+    texts: list[Any] = [None] * 2
+    torch.distributed.all_gather_object(texts, answers(SpdLM(model, batch_size=4), arguments["asked"]))
+    return {"texts": texts}
+
+
 def evaluate_and_fail(arguments: dict[str, Any], on_progress: Any) -> dict[str, Any]:
     """An evaluation in which rank 1 raises while rank 0 waits for it."""
     from spd.evaluation import evaluate

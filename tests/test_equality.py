@@ -82,6 +82,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     for kind, arguments in found:
         if kind == "generate_until":
             arguments[1]["max_gen_toks"] = 8
+    # Of all lengths in one batch, which is padded from the left, and up to more than fits.
+    free = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    found += [("generate_until", (" ".join((WORDS * 6)[n : 2 * n]), free)) for n in (1, 3, 40, 7, 90, 22, 5, 13, 61, 2)]
     found += [("loglikelihood_rolling", (text,)) for text in (official.LONG, "word1 ünïcödé")]
     # Every word and letter after some contexts: random models find none of the tasks' continuations the likeliest.
     return found + [("loglikelihood", (context, next_one)) for context in CONTEXTS for next_one in CONTINUATIONS]
@@ -100,7 +103,7 @@ def check(ours: list[Any], own: list[Any]) -> None:
 
 def test_what_is_asked_is_every_task_with_its_traps(asked: Asked, folders: dict[str, Path]) -> None:
     kinds = [kind for kind, _ in asked]
-    assert kinds.count("generate_until") == 2
+    assert kinds.count("generate_until") == 2 + 10
     assert kinds.count("loglikelihood") == 57 * 4 + 2 * (4 + 3 + 5 + 4) + 2 * 4 + 2 * 2 + 3 * 4 + 2 * 2 + 2 + 20 * 112
     tokenizer = SpdLM(spd.load(folders["qwen2 of bytes"])).tokenizer
     assert type(tokenizer).__name__.startswith("Qwen2Tokenizer")
@@ -120,6 +123,7 @@ def test_virtual_ranks_answer_as_lm_evals_own_model(
     assert bos == [2, 2] if "with BOS" in name else [bos[0]] * 2
     expected = answers(own, asked)
     assert any(answer[1] for answer in expected if isinstance(answer, list))
+    assert sum(bool(answer) for answer in expected if isinstance(answer, str)) >= 10
     check(answers(ours, asked), expected)
 
 

@@ -15,8 +15,9 @@ from spd.evaluation import evaluate
 
 @pytest.mark.parametrize("family", ["llama", "opt"])  # a Qwen2 folder cannot carry the tests' tokenizer
 def test_with_nothing_dropped_scores_equal_lm_evals_own_model(
-    checkpoint: Callable[..., Path], family: str, tasks: Path
+    checkpoint: Callable[..., Path], family: str, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     folder = checkpoint(family)
     names = ["toy_choice", "toy_last", "toy_summary"]
     ours = evaluate(spd.load(folder, tp_size=4), names, include_path=tasks, batch_size=8)
@@ -24,13 +25,15 @@ def test_with_nothing_dropped_scores_equal_lm_evals_own_model(
         model=HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8),
         tasks=names,
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
+        bootstrap_iters=1000,
     )
     for name, metric in {"toy_choice": "acc", "toy_last": "acc", "toy_summary": "exact_match"}.items():
         score = ours["tasks"][name]
         assert score["metric"] == metric
         assert score["value"] == pytest.approx(next(v for k, v in own["results"][name].items() if k.startswith(metric)))
         assert score["items"] == 24
+        stderr = next(v for k, v in own["results"][name].items() if k.startswith(f"{metric}_stderr"))
+        assert score["stderr"] == pytest.approx(stderr)
         items = [sample[metric] for sample in own["samples"][name]]
         assert [float(item) for item in score["scores"].split()] == items
     # Perplexity of the last words shows agreement where few items are right.

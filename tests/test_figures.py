@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.image
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from spd.errors import UserError
 from spd.figures import _lines, _notes, plot_curve, plot_sensitivity, read_points
@@ -168,3 +169,19 @@ def test_sensitivities_can_be_drawn(sensitivities: list[float], tmp_path: Path) 
     )
     plot_sensitivity(report, tmp_path / "sensitivity.png")
     assert matplotlib.image.imread(tmp_path / "sensitivity.png").std() > 0.02
+
+
+def test_accuracy_has_its_standard_error_as_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Any] = []
+    errorbar = Axes.errorbar
+
+    def watch(self: Axes, x: Any, y: Any, **options: Any) -> Any:
+        drawn.append((list(y), list(options.get("yerr", []))))
+        return errorbar(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", watch)
+    points = make_points().assign(accuracy_mean_stderr=[0.01, 0.02, 0.03, 0.04, 0.05])
+    plot_curve(points, tmp_path / "curve.png")
+    of_accuracy = [bars for values, bars in drawn if values == points["accuracy_mean"].tolist()]
+    assert of_accuracy
+    assert all(bars == [0.01, 0.02, 0.03, 0.04, 0.05] for bars in of_accuracy)

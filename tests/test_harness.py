@@ -12,6 +12,7 @@ import pytest
 from conftest import WORDS
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from rank_checks import answers
 
 import spd
 from spd.evaluation import evaluate
@@ -99,59 +100,15 @@ def test_real_ranks_score_in_lock_step_as_virtual_ones(tiny_opt: Path, tasks: Pa
         assert folder.name == "0"
 
 
-def test_an_evaluation_that_was_stopped_goes_on_where_it_was(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 50:
-            raise KeyboardInterrupt
-
-    model = spd.load(tiny_llama, tp_size=2)
-    whole = evaluate(model, TASKS, include_path=tasks)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, TASKS, include_path=tasks, batch_size=4, answers=tmp_path, on_progress=stop)
-    (file,) = tmp_path.iterdir()
-    kept = file.read_text()
-    assert 40 <= len(kept.splitlines()) <= 50
-    file.write_text(kept[:-20])  # cut off within the last line
-    seen: list[tuple[int, int]] = []
-    gone_on = evaluate(
-        model, TASKS, include_path=tasks, batch_size=4, answers=tmp_path, on_progress=lambda *at: seen.append(at)
-    )
-    every = 24 * 4 + 24 + 24
-    assert seen[-1] == (every - len(kept.splitlines()) + 1,) * 2
-    for task in TASKS:
-        assert gone_on["tasks"][task]["metrics"] == pytest.approx(whole["tasks"][task]["metrics"], rel=1e-4)
-    seen.clear()
-    again = evaluate(model, TASKS, include_path=tasks, answers=tmp_path, on_progress=lambda *at: seen.append(at))
-    assert seen == []
-    assert again == gone_on
-
-
-def test_another_plan_tp_size_or_type_is_never_served_these_answers(
-    tiny_llama: Path, tasks: Path, tmp_path: Path
-) -> None:
-    def computed(dropped: list[int], **options: Any) -> int:
-        model, seen = spd.load(tiny_llama, **options), []
-        model.drop(dropped)
-        evaluate(model, ["toy_last"], include_path=tasks, answers=tmp_path, on_progress=lambda *at: seen.append(at))
-        return len(seen)
-
-    assert computed([0], tp_size=2) == 24
-    assert computed([0], tp_size=2) == 0
-    assert computed([1], tp_size=2) == 24
-    assert computed([0], tp_size=4) == 24
-    assert computed([0], tp_size=2, dtype="bfloat16") == 24
-
-
-def test_another_version_of_a_task_is_answered_anew(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
-    own, seen = tmp_path / "tasks", []
-    own.mkdir()
-    text = (tasks / "toy_last.yaml").read_text()
-    for version in (1.0, 1.0, 2.0):
-        (own / "toy_last.yaml").write_text(f"{text}metadata:\n  version: {version}\n")
-        evaluate(
-            spd.load(tiny_llama), ["toy_last"], own, answers=tmp_path / "a", on_progress=lambda *at: seen.append(at)
-        )
-    assert len(seen) == 48
+def test_a_rank_that_sees_other_numbers_generates_what_rank_0_does(tiny_opt: Path) -> None:
+    prompts = [" ".join(WORDS[i : i + n]) for i, n in enumerate((1, 3, 40, 7, 20, 5, 13, 2))]
+    options = {"until": ["word7"], "max_gen_toks": 12, "do_sample": False}
+    asked = [("generate_until", (prompt, options)) for prompt in prompts]
+    arguments = {"folder": str(tiny_opt), "asked": asked}
+    found = run_ranks("tests.rank_checks:generate_with_noise", arguments, tp_size=2, timeout_s=150)["texts"]
+    expected = answers(SpdLM(spd.load(tiny_opt, tp_size=2), batch_size=4), asked)
+    assert sum(map(bool, expected)) >= 6
+    assert found == [expected, expected]
 
 
 def test_whole_texts_are_scored_as_by_lm_evals_own_model_and_one_by_one(tiny_llama: Path, tmp_path: Path) -> None:
@@ -162,6 +119,20 @@ def test_whole_texts_are_scored_as_by_lm_evals_own_model_and_one_by_one(tiny_lla
     ours = SpdLM(spd.load(tiny_llama, tp_size=2), batch_size=8, on_progress=lambda *at: seen.append(at))
     assert ours.loglikelihood_rolling(requests) == pytest.approx(own, rel=1e-5)
     assert seen == [(i, 5) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"tpsize": 2}, "takes no tpsize; did you mean tp_size"),
+        ({"trust_remote_code": True}, "takes no trust_remote_code; it takes pretrained, tp_size"),
+        ({"pretrained": None}, "needs pretrained=<folder or hub id>"),
+        ({"tp_size": "two"}, "tp_size=two is no number of ranks"),
+    ],
+)
+def test_arguments_that_the_model_does_not_take_are_named(tiny_llama: Path, arguments: dict, said: str) -> None:
+    with pytest.raises(spd.UserError, match=said):
+        SpdLM(**{"pretrained": str(tiny_llama)} | arguments)
 
 
 def test_a_plan_that_treats_blocks_is_refused_in_words(tiny_llama: Path, tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def test_tasks_are_known_however_their_files_write_the_name(config: RunConfig, t
         f"task: 'own_task'  # why\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/items.jsonl}}}}\n"
         "output_type: multiple_choice\ntest_split: test\ndoc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: 0\n"
     )
-    (folder / "group.yaml").write_text('group: "all_of_them"\ntask:\n  - own_task\n')
+    (folder / "group.yaml").write_text(
+        'group: "all_of_them"\ntask:\n  - own_task\naggregate_metric_list:\n  - metric: acc\n'
+    )
     config.eval.include_path, config.eval.tasks = str(folder), ["all_of_them"]
     inputs.check(config)
     config.eval.tasks = ["all_of_them", "own_task"]

@@ -10,10 +10,12 @@ from typing import Any
 import datasets
 import official
 import pytest
+import torch
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import spd
 from spd import inputs, point, steps
@@ -21,9 +23,10 @@ from spd.config import ROOT, RunConfig
 from spd.errors import UserError
 from spd.evaluation import evaluate
 from spd.hub import read_text
+from spd.perplexity import perplexity
 from spd.progress import Display
 from spd.steps import Steps
-from spd.tasks import _own_index, task_manager, tasks_digest
+from spd.tasks import _own_index, look_at, task_manager
 
 ZERO_SHOT = yaml.safe_load((ROOT / "conf/eval/zero_shot.yaml").read_text())["tasks"]
 
@@ -122,7 +125,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(UserError, match=r"longbench_multi_news needs .*jieba.*pip install -e '\.\[longbench\]'"):
-        tasks_digest(("longbench_multi_news",), None, data_root, None)
+        look_at(("longbench_multi_news",), None, data_root, None)
 
 
 def never(*args: Any, **options: Any) -> None:
@@ -161,9 +164,50 @@ def test_missing_data_are_told_before_a_model_is_loaded(
 
 def test_a_config_that_is_missing_is_named(own_root: Path) -> None:
     official.write(own_root, "allenai/ai2_arc", {"ARC-Easy": official.arc()["ARC-Easy"]})
-    tasks_digest(("arc_easy",), None, own_root, 0)
+    look_at(("arc_easy",), None, own_root, 0)
     with pytest.raises(UserError, match=r"arc_challenge \(ARC-Challenge\).*allenai/ai2_arc"):
-        tasks_digest(("arc_challenge",), None, own_root, 0)
+        look_at(("arc_challenge",), None, own_root, 0)
+
+
+def test_a_subject_of_mmlu_that_is_missing_is_named_in_a_line(config: RunConfig, tmp_path: Path) -> None:
+    official.write(tmp_path, "cais/mmlu", official.mmlu(official.mmlu_subjects()[1:]))
+    config.eval.tasks, config.eval.data_root = ["mmlu"], str(tmp_path)
+    with pytest.raises(UserError, match=r"mmlu_.*data set cais/mmlu cannot be read from") as refused:
+        inputs.check(config)
+    assert len(str(refused.value)) < 600
+
+
+METRIC = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity"}]
+OWN = {"dataset_path": "baber/piqa", "test_split": "test", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}"}
+WRITTEN = {
+    "own_rolling": OWN | {"output_type": "loglikelihood_rolling", "metric_list": METRIC},
+    "own_shots": OWN | {"output_type": "loglikelihood", "fewshot_split": "train"},
+    "own_text": OWN | {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 64}},
+    "own_group": {"group": "own_group", "task": ["own_shots"]},
+    "own_scored": {"group": "own_scored", "task": ["own_shots"], "aggregate_metric_list": [{"metric": "acc"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shots", "said"),
+    [
+        (["own_rolling"], None, "'own_rolling' reports none of acc, .*, but word_perplexity; leave it out"),
+        (["own_group"], None, r"'own_group' reports none of acc, .*, but nothing; name its tasks: \[own_shots\]"),
+        (["own_shots"], 50, r"eval\.num_fewshot=50 is more than the \d examples that the task own_shots has"),
+        (["own_text"], None, "own_text has answers of up to 64 tokens generated, and .* takes 64 positions"),
+        (["own_scored", "own_shots"], None, "cannot be evaluated together"),
+    ],
+)
+def test_tasks_that_cannot_be_scored_are_told_before_any_work(
+    config: RunConfig, data_root: Path, tmp_path: Path, tasks: list[str], shots: int | None, said: str
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, fields in WRITTEN.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | fields))
+    config.eval.tasks, config.eval.num_fewshot = tasks, shots
+    config.eval.include_path, config.eval.data_root = str(tmp_path / "tasks"), str(data_root)
+    with pytest.raises(UserError, match=said):
+        inputs.check(config)
 
 
 def test_without_a_network_or_a_folder_the_hub_is_named_before_a_model_is_loaded(
@@ -255,3 +299,15 @@ def test_wikitext_gives_the_calibration_and_held_out_text(config: RunConfig, dat
     config.data.dataset_config, config.data.split = "wikitext-103-raw-v1", "train"
     with pytest.raises(UserError, match="wikitext-103"):
         inputs.check(config)
+
+
+def test_wikitexts_perplexity_is_that_of_transformers_on_the_same_windows(config: RunConfig, data_root: Path) -> None:
+    config.data.dataset, config.data.dataset_config = "Salesforce/wikitext", "wikitext-2-raw-v1"
+    config.data.data_root, config.data.path, config.data.heldout_path = str(data_root), "", ""
+    folder = Path(config.model.path)
+    windows = inputs.samples_of(config, "heldout_path", folder, 8)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        losses = [theirs(ids[None], labels=ids[None]).loss for ids in windows]
+    expected = torch.stack(losses).mean().exp().item()
+    assert perplexity(spd.load(folder, tp_size=2, dtype="float32"), windows) == pytest.approx(expected, rel=1e-5)

@@ -11,6 +11,7 @@ from experiments.gpu_latency.alone import table
 from experiments.long_text.draw import ends
 from experiments.recovery.compare import difference
 from experiments.recovery.draw import everything_dropped, over_seeds
+from spd.config import Strategy
 from spd.figures import read_points
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -63,6 +64,8 @@ def test_differences_are_paired_by_item() -> None:
 
 def test_long_texts_table_is_what_its_rows_say() -> None:
     folder = EXPERIMENTS / "long_text"
+    measured = pd.read_csv(folder / "long_text.csv").groupby("model")["strategy"].unique()
+    assert all(set(strategies) == {"dense", *(one.name for one in Strategy)} for strategies in measured)
     assert ends(pd.read_csv(folder / "long_text.csv")) in (folder / "README.md").read_text()
 
 
@@ -111,7 +114,7 @@ def test_the_engines_numbers_are_its_records_and_within_what_was_asked() -> None
 
 
 @pytest.mark.xfail(
-    strict=True, reason="see experiments/engine/README.md: an evaluation got quicker, a dropped block less so"
+    strict=True, reason="see experiments/engine/README.md: 8.1 to 8.3 of 8, as an evaluation got quicker"
 )
 def test_sensitivities_cost_as_few_evaluations_as_was_asked() -> None:
     speed = json.loads((EXPERIMENTS / "engine/speed.json").read_text())
@@ -126,7 +129,7 @@ def test_an_evaluations_throughput_is_its_record_and_what_was_asked() -> None:
         cells = [f"{row[arm]['median']:.2f}" for arm in ("nothing_dropped", "everything_dropped")]
         shown = f"| {row['model']} | {row['batch_size']} | {row['own_requests_per_s']:.0f} | {' | '.join(cells)} |"
         assert shown in readme
-        assert row["nothing_dropped"]["median"] >= 0.7
+        assert min(row[arm]["low"] for arm in ("nothing_dropped", "everything_dropped")) >= 0.7
     assert {row["model"] for row in record["rows"]} == {"ref_llama", "ref_opt", "ref_qwen2"}
     on_gpu = json.loads((EXPERIMENTS / "evaluation/throughput_gpu.json").read_text())
     for row in on_gpu["rows"]:
@@ -142,9 +145,3 @@ def test_one_rank_on_a_gpu_is_as_far_above_its_floor_as_the_readme_says() -> Non
     assert table(rows) in (folder / "README.md").read_text()
     decoding = rows[(rows["phase"] != "prefill") & (rows["batch_size"] == 1)].set_index(["model", "arm"])["over_floor"]
     assert decoding["llama2_70b"].max() < 1.3
-
-
-@pytest.mark.xfail(strict=True, reason="see experiments/evaluation/README.md: two of six are below")
-def test_an_evaluation_with_everything_dropped_is_as_quick_as_was_asked() -> None:
-    record = json.loads((EXPERIMENTS / "evaluation/throughput.json").read_text())
-    assert all(row["everything_dropped"]["median"] >= 0.7 for row in record["rows"])

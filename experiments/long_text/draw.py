@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from spd.figures import COLOURS, MARKERS
 
 HERE = Path(__file__).parent
 PANELS = {
+    "loss": ("position in the text", "perplexity"),
     "loss_difference": ("position in the text", "loss above dense, nats"),
     "next": ("tokens continued", "next token is the dense one"),
     "same": ("tokens continued", "still the dense continuation"),
@@ -17,9 +19,10 @@ PANELS = {
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """A column a model, a row a measure, of one drop fraction; bands are one standard error over windows."""
+    """A column a model, a row a measure, of one drop fraction and the dense model; bands are one standard error over
+    windows."""
     models = list(rows["model"].unique())
-    strategies = list(rows["strategy"].unique())
+    strategies = sorted(rows["strategy"].unique(), key=lambda name: name == "dense")  # which is drawn last, in black
     figure = Figure(figsize=(4.2 * len(models), 2.9 * len(PANELS)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(PANELS), len(models), squeeze=False, sharey="row")
@@ -30,10 +33,13 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
             axes = panels[row, column]
             for k, strategy in enumerate(strategies):
                 line = measured[(measured["model"] == model) & (measured["strategy"] == strategy)]
-                style = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4}
-                axes.plot(line["position"], line["value"], **style, label=strategy)
-                band = (line["value"] - line["stderr"], line["value"] + line["stderr"])
-                axes.fill_between(line["position"], *band, color=COLOURS[k], alpha=0.2, linewidth=0)
+                colour = COLOURS[-1] if strategy == "dense" else COLOURS[k]
+                style = {"color": colour, "marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
+                shown = [line["value"], line["value"] - line["stderr"], line["value"] + line["stderr"]]
+                if what == "loss":
+                    shown = [np.exp(loss) for loss in shown]
+                axes.plot(line["position"], shown[0], **style, label=strategy)
+                axes.fill_between(line["position"], *shown[1:], color=colour, alpha=0.2, linewidth=0)
             axes.set_title(model if row == 0 else "", fontsize=10)
             axes.set_xlabel(x)
             axes.grid(color="#e5e5e5")
@@ -56,7 +62,7 @@ def ends(rows: pd.DataFrame) -> str:
     full = rows[rows["drop"] == rows["drop"].max()]
     for (model, strategy), part in full.groupby(["model", "strategy"], sort=False):
         cells = []
-        for what in PANELS:
+        for what in list(PANELS)[1:]:
             bins = part[part["what"] == what]
             cells.append(", ".join(f"{bin.value:.3f} ± {bin.stderr:.3f}" for bin in (bins.iloc[0], bins.iloc[-1])))
         lines.append(f"| {model} | `{strategy}` | {' | '.join(cells)} |")
@@ -65,6 +71,7 @@ def ends(rows: pd.DataFrame) -> str:
 
 if __name__ == "__main__":
     table = pd.read_csv(HERE / "long_text.csv")
-    for drop, part in table[table["strategy"] != "dense"].groupby("drop"):
-        draw(part, HERE / f"long_text_{100 * drop:g}.png")
+    dense = table["strategy"] == "dense"
+    for drop, part in table[~dense].groupby("drop"):
+        draw(pd.concat([part, table[dense]]), HERE / f"long_text_{100 * drop:g}.png")
     print(ends(table))

@@ -29,11 +29,11 @@ from torch.nn import functional as F
 import spd
 from experiments.reference.train import MODELS
 from experiments.reference.write import HERE as REFERENCE
-from spd.config import ROOT, DistillationConfig
+from spd.config import ROOT, DistillationConfig, Strategy
 from spd.model import TensorParallelLM
 from spd.strategies.block_cache import BlockCache
 
-STRATEGIES = ["zs", "zs_b2b", "zs_b2b_hg", "zs_correction", "zs_correction_b2b"]
+STRATEGIES = [strategy.name for strategy in Strategy]
 TP_SIZE, CONTEXT, PROMPT, BIN = 8, 512, 64, 32
 
 
@@ -76,7 +76,7 @@ def rows_of(what: str, values: Tensor) -> Iterator[dict[str, Any]]:
 
 
 def measure(
-    name: str, device: str, drops: list[float], windows: int, samples: int, epochs: int | None
+    name: str, device: str, strategies: list[str], drops: list[float], windows: int, samples: int, epochs: int | None
 ) -> Iterator[dict[str, Any]]:
     """All rows of a reference model."""
     folder = REFERENCE / "models" / name
@@ -92,7 +92,7 @@ def measure(
     for row in rows_of("loss", dense):
         yield {"model": name, "strategy": "dense", "drop": 0.0} | row
     with tempfile.TemporaryDirectory() as blocks:
-        for strategy, drop in itertools.product(STRATEGIES, drops):
+        for strategy, drop in itertools.product(strategies, drops):
             plan = spd.make_plan(report, drop=drop, strategy=strategy, tau1=-1.0, tau2=0.5)
             model = spd.load(folder, tp_size=TP_SIZE, device=device, dtype="float32")
             spd.apply(
@@ -115,15 +115,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--drops", type=float, nargs="+", default=[0.75, 1.0])
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--samples", type=int, default=900, help="calibration samples of 256 tokens")
     parser.add_argument("--epochs", type=int, help="of distillation; by default those of conf/model")
-    parser.add_argument("--record", type=Path, help="a CSV file, in which the model's rows are replaced")
+    parser.add_argument("--record", type=Path, help="a CSV file, in which the rows of these strategies are replaced")
     options = vars(parser.parse_args())
     record = options.pop("record")
     name = options.pop("model")
-    others = pd.read_csv(record).query("model != @name") if record and record.exists() else pd.DataFrame()
+    again = ["dense", *options["strategies"]]
+    others = pd.read_csv(record) if record and record.exists() else pd.DataFrame(columns=["model", "strategy"])
+    others = others[(others["model"] != name) | ~others["strategy"].isin(again)]
     rows = []
     for row in measure(name, **options):
         print(*row.values(), flush=True)
