@@ -1,7 +1,7 @@
 """Memory of a forward is kept for the next one, on CPUs.
 
 By default glibc gives large blocks back to the kernel as soon as they are freed, and the next forward pays for fresh
-pages: with batches of short texts that was half the time of a dropped block (experiments/engine/README.md).
+pages: up to half the time of a dropped block with batches of short texts (experiments/engine/README.md).
 """
 
 import ctypes

@@ -108,6 +108,14 @@ def test_the_engines_numbers_are_its_records_and_within_what_was_asked() -> None
         ratios = [forward[arm]["median"] for arm in ("virtual_nothing_dropped", "virtual_all_dropped")]
         assert f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {sensitivity:.1f} |" in readme
         assert max(ratios) <= 1.5
+    pages = json.loads((EXPERIMENTS / "engine/pages.json").read_text())
+    for row in pages["rows"]:
+        times = row["evaluation_ms"]
+        shown = f"{times['median']:.0f} ({times['low']:.0f} to {times['high']:.0f})"
+        assert shown in next(
+            line for line in readme.splitlines() if f"{row['model']} | {'yes' if row['kept'] else 'no'}" in line
+        )
+        assert row["block_faults"]["high"] < 50 or not row["kept"]
     for row in json.loads((EXPERIMENTS / "engine/loading.json").read_text())["rows"]:
         assert row["peak_over_shard"] <= 1.10
         assert f"{row['peak_over_shard']:.3f}" in readme

@@ -111,6 +111,16 @@ def measure(
                     yield {"model": name, "strategy": strategy, "drop": drop} | row
 
 
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """By model and strategy, whenever they were measured; the rest as it is."""
+    places = {"dense": -1} | {strategy: place for place, strategy in enumerate(STRATEGIES)}
+    return (
+        rows.assign(place=rows["strategy"].map(places))
+        .sort_values(["model", "place"], kind="stable")
+        .drop(columns="place")
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -132,4 +142,4 @@ if __name__ == "__main__":
         print(*row.values(), flush=True)
         rows.append(row)
     if record:
-        pd.concat([others, pd.DataFrame(rows)]).to_csv(record, index=False)
+        ordered(pd.concat([others, pd.DataFrame(rows)])).to_csv(record, index=False)

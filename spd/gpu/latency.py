@@ -23,7 +23,7 @@ CEILINGS: dict[str, dict[str, Any]] = {
 """Arms that are not models one can use: what dropping sync points could save at most, and what communication costs."""
 
 BLOCKS = ("ttft_blocks_ms", "tpot_blocks_ms")
-"""The same of the decoder blocks alone, without embedding, head and choice."""
+"""`METRICS` of the decoder blocks alone, without embedding, head and choice."""
 
 _OF_LAUNCH = (
     *("seconds", "capture_s", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms"),
