@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from experiments.gpu_latency import measure
 from experiments.gpu_latency.measure import rows_of, table
 from spd import inputs
 from spd.checkpoint import read_architecture
@@ -22,7 +24,7 @@ from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, merged, summarise
 from spd.gpu.model import GraphModel
 from spd.gpu.profile import Kernel, block_timeline, communication
-from spd.launch import run_ranks
+from spd.launch import RankFailed, run_ranks
 from spd.results import Results
 from spd.steps import RandomSteps
 
@@ -398,6 +400,42 @@ def test_sessions_of_other_launches_are_put_together(sessions: tuple[list[dict],
             assert whole[name] == (value + value if of_launches else whole[name])
             if name.endswith("_ms") and isinstance(value, dict):
                 assert whole[name] == {arm: times + times for arm, times in value.items()}
+
+
+def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_else(
+    sessions: tuple[list[dict], list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked: list[tuple[int, str, int]] = []
+    shapes = [Shape(*(session[name] for name in Shape._fields[:4])) for session in sessions[0]]
+    found = json.loads(json.dumps(sessions[0]).replace('"3":', '"32":'))  # of three blocks, all
+
+    def launch(architecture: dict, tp_size: int, arms: dict, shapes: list, **options: Any) -> list[dict]:
+        asked.append((architecture["num_hidden_layers"], options["interconnect"], options["first_launch"]))
+        if options["interconnect"] == "lbw" and len(asked) < 3:
+            raise RankFailed("rank 1 of 2 died")
+        return [session | {"launches": 1, "interconnect": options["interconnect"]} for session in found]
+
+    monkeypatch.setattr(measure, "measure_gpu_latency", launch)
+    monkeypatch.setattr(measure, "fitting", lambda *given: shapes)
+    monkeypatch.setattr(measure, "here", lambda: {"gpu": "none"})
+    command = [str(tmp_path / "out"), "--models", "llama2_7b"]
+    measure.main([*command, "--launches", "1"])
+    assert "llama2_7b tp2 lbw, launch 0: rank 1 of 2 died" in capsys.readouterr().out
+    measure.main([*command, "--launches", "2"])
+    assert asked == [(32, "native", 0), (32, "lbw", 0), (32, "lbw", 0), (32, "native", 1), (32, "lbw", 1)]
+    monkeypatch.setattr(measure, "fitting", lambda *given: shapes[:1])
+    measure.main([*command, "--launches", "3"])
+    assert "llama2_7b tp2 native, launch 2: " in (said := capsys.readouterr().out)
+    assert "has other shapes of it" in said
+    measure.main([*command, "--launches", "3", "--seconds", "0"])
+    assert "llama2_7b tp2 native, launch 2: not begun" in capsys.readouterr().out
+    measure.main([*command, "--launches", "0"])
+    assert len(asked) == 5
+    rows = pd.read_csv(tmp_path / "out/latency.csv", dtype={"arm": str})
+    assert len(rows) == 2 * 12
+    assert set(rows["launches"]) == {2}
+    assert set(rows["gpu"]) == {"none"}
+    assert "| llama2_7b | 2 | lbw | 2 | decode at 64 |" in capsys.readouterr().out
 
 
 def test_positions_that_a_model_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,12 +138,16 @@ def add_launch(entry: dict[str, Any], name: str, link: str, options: argparse.Na
     """What `sessions.json` has of a model and interconnect ({} where it has nothing), and one launch more."""
     architecture = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())["architecture"]
     blocks = architecture["num_hidden_layers"]
-    before = entry.get("sessions")
+    before, shapes = entry.get("sessions"), fitting(architecture, options.tp_size, options.shapes)
+    if not shapes:
+        raise UserError("none of the shapes fits")
+    if before and [one["prompt_length"] * one["batch_size"] for one in before] != [s[0] * s[1] for s in shapes]:
+        raise UserError(f"{options.folder} has other shapes of it, which these cannot be added to; take another folder")
     sessions = measure_gpu_latency(
         architecture,
         options.tp_size,
         arms_of(blocks),
-        fitting(architecture, options.tp_size, options.shapes),
+        shapes,
         dtype="bfloat16",
         new_tokens=NEW_TOKENS,
         launches=1,
@@ -173,7 +177,8 @@ def here() -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """Adds the launches that are missing, then writes the CSV and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where sessions.json is, or shall be")
     parser.add_argument("--models", nargs="+", default=["llama2_7b", "llama2_70b"])
@@ -186,7 +191,7 @@ if __name__ == "__main__":
     parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
     parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch after so many")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     file, began = options.folder / "sessions.json", time.monotonic()
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
@@ -214,3 +219,7 @@ if __name__ == "__main__":
     ])  # fmt: skip
     rows.round(4).to_csv(options.folder / "latency.csv", index=False)
     print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
