@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
 
+from spd.errors import UserError
 from spd.model import TensorParallelLM
 from spd.results import digest, made_by, texts_digest
 
@@ -14,25 +16,32 @@ from spd.results import digest, made_by, texts_digest
 class Answers:
     """Known answers of models, by task, the task's version, kind of request and arguments.
 
+    Sampled texts are not kept: each time they are others.
+
     Args:
-        folder: has a file for all that determines a model's answers (`identity`), one JSON object a line. A last line
-            that was cut off in the middle is ignored.
-        versions: gives task -> version, once the tasks are loaded.
+        folder: has a file for all that determines a model's answers (`identity`), one JSON object a line. Lines that
+            are none, as a last one that was cut off, are passed over.
+        versions: gives task -> version, once the tasks are loaded; by default there are none in the key.
+
+    Raises:
+        UserError: the folder is a file.
     """
 
     def __init__(self, folder: str | Path, versions: Callable[[], dict[str, Any]] = dict) -> None:
         self.folder, self.versions = Path(folder), versions
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"answers={folder} is a file; give a folder, which may be new.")
         self._file: Path | None = None
 
-    def open(self, model: TensorParallelLM) -> None:
-        """What follows is of the model as it is now."""
-        file = self.folder / f"{digest(identity(model))}.jsonl"
+    def open(self, model: TensorParallelLM, **reading: Any) -> None:
+        """What follows is of the model as it is now; `reading` is what else answers depend on: how texts are read."""
+        file = self.folder / f"{digest([identity(model), reading])}.jsonl"
         if file == self._file:
             return
         self._file = file
         self._known: dict[str, Any] = {}
         self._asked: dict[str, set[str]] = {}
-        text = file.read_text() if file.exists() else ""
+        text = file.read_text("utf-8", errors="replace") if file.exists() else ""
         self._whole = not text or text.endswith("\n")  # whether the file ends where a line does
         for line in text.splitlines():
             try:
@@ -43,6 +52,8 @@ class Answers:
 
     def find(self, request: Instance) -> Any | None:
         """The answer, in JSON's types; None if it is not known."""
+        if request.request_type == "generate_until" and normalize_gen_kwargs(request.args[1])["do_sample"]:
+            return None
         asked = _digest(request.request_type, request.args)
         key = digest([request.task_name, self.versions().get(str(request.task_name)), asked])
         answer = self._known.get(key)
@@ -59,7 +70,7 @@ class Answers:
         self._known |= fresh
         lines = [json.dumps({"request": key, "answer": value}) + "\n" for key, value in fresh.items()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as file:  # of several writers, each adds whole lines
+        with self._file.open("a", encoding="utf-8") as file:  # of several writers, each adds whole lines
             file.write(("" if self._whole else "\n") + "".join(lines))
         self._whole = True
 

@@ -50,8 +50,8 @@ class SpdLM(HFLM):
         on_progress: called with (requests answered, requests known of); by default lm-eval shows its own bars.
 
     Raises:
-        UserError: as `spd.load`; an argument that is not known; a plan that treats blocks; batch_size=auto with
-            ranks=processes.
+        UserError: as `spd.load`; an argument that is missing, not known or of the wrong type; a plan that treats
+            blocks; batch_size=auto with ranks=processes; lm-eval's own request cache.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class SpdLM(HFLM):
         on_progress: Progress | None = None,
         **unknown: Any,
     ) -> None:
-        _check_arguments(unknown, pretrained=pretrained, tp_size=tp_size)
+        _check_arguments(unknown, pretrained=pretrained, tp_size=tp_size, answers=answers)
+        kept = answers if answers is None or isinstance(answers, Answers) else Answers(answers)
         if isinstance(pretrained, TensorParallelLM):
             model = pretrained
         else:
@@ -103,8 +104,14 @@ class SpdLM(HFLM):
             prefix_token_id=prefix_token_id,
         )
         self.tensor_parallel = model
-        self.answers = answers if answers is None or isinstance(answers, Answers) else Answers(answers)
-        self.on_progress = on_progress
+        self.answers, self.on_progress = kept, on_progress
+        if kept is not None:
+            _ = model.fingerprint  # by every rank here: rank 0 would keep the others waiting
+        self._reading = {
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token_id": self.prefix_token_id,
+        }
         self.cache_hook = self
         self._done = self._total = 0
 
@@ -142,7 +149,7 @@ class SpdLM(HFLM):
         if self.answers is not None:
             # Rank 0 knows what was answered: the ranks must not differ in what they compute.
             if 0 in self.tensor_parallel.ranks.local:
-                self.answers.open(self.tensor_parallel)
+                self.answers.open(self.tensor_parallel, **self._reading)
                 known = [self.answers.find(request) for request in requests]
             known = self.tensor_parallel.ranks.of_first(known)
         rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
@@ -185,3 +192,5 @@ def _check_arguments(unknown: dict[str, Any], **given: Any) -> None:
         raise UserError("The model spd needs pretrained=<folder or hub id>.")
     if not isinstance(given["tp_size"], int | None):
         raise UserError(f"tp_size={given['tp_size']} is no number of ranks; give 1 or more (1, 2, 4, 8).")
+    if not isinstance(given["answers"], Answers | str | Path | None):
+        raise UserError(f"answers={given['answers']} is no folder; give its path, ./{given['answers']} for instance.")

@@ -34,7 +34,8 @@ def check(config: RunConfig, here: bool = True) -> None:
     Raises:
         UserError: the checkpoint is incomplete or cut short, its family unknown, tp_size does not cut it evenly or is
             not that of the plan in it, a text is empty or shorter than a sequence, a sequence too long for the model,
-            the port taken, the device or a rank's GPU not there, or a task unknown or without its data or packages.
+            the port taken, the device or a rank's GPU not there, or a task unknown, without its data, packages, score
+            or examples, or with answers longer than the model takes.
     """
     if here and config.latency.name is LatencyKind.gpu:
         check_gpus(config.parallel.tp_size)

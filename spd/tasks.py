@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval.api.task import Task
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -182,11 +183,13 @@ def look_at(
         _check_scored(name, found)
     total, longest = hashlib.sha256(), (0, "")
     for name, task in sorted(found["tasks"].items()):
-        shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
+        own = task.config.num_fewshot
+        shots = own if num_fewshot is None or own == 0 else num_fewshot  # lm-eval leaves a 0 of the task's own as it is
         examples = list(task.fewshot_docs()) if shots else []
-        _check_examples(name, task, shots or 0, len(examples))
+        if shots:
+            _check_examples(name, task, shots, len(examples))
         if task.OUTPUT_TYPE == "generate_until":
-            longest = max(longest, ((task.config.generation_kwargs or {}).get("max_gen_toks", 256), name))
+            longest = max(longest, (normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"], name))
         for rows in (task.eval_docs, examples):
             total.update(f"\0{name}\0".encode())
             for row in rows:
@@ -196,8 +199,10 @@ def look_at(
 
 def _check_scored(name: str, found: dict[str, Any]) -> None:
     if name in found["groups"]:
-        metrics = [one.metric for one in found["groups"][name].aggregate_metric_list or []]
-        instead = f"name its tasks: [{','.join(found['group_map'][name])}]"
+        group = found["groups"][name]
+        of_tasks = {metric for task in group.get_all_tasks() for metric in task.aggregation()}
+        metrics = [one.metric for one in group.aggregate_metric_list or [] if one.metric in of_tasks]
+        instead = f"name its tasks (with their own settings): [{','.join(found['group_map'][name])}]"
     else:
         metrics, instead = list(found["tasks"][name].aggregation()), "leave it out"
     if not set(metrics) & set(MAIN_METRICS):
@@ -205,11 +210,13 @@ def _check_scored(name: str, found: dict[str, Any]) -> None:
         raise UserError(f"{name!r} reports none of {', '.join(MAIN_METRICS)}, but {reported}; {instead}.")
 
 
-def _check_examples(name: str, task: Task, shots: int, examples: int) -> None:
-    config = task.config
-    if task.fewshot_cfg.split == (config.test_split or config.validation_split):
-        examples -= 1  # an item is no example of itself
-    if 0 < shots > examples:
+def _check_examples(name: str, task: Task, shots: int, there: int) -> None:
+    # As lm-eval: an item of the split that examples are of is none of its own examples.
+    item = task.eval_docs[0] if task.fewshot_cfg.split == task.config.test_split else None
+    try:
+        task.sampler.sample(shots, eval_doc=item)
+    except (ValueError, AssertionError) as error:
         raise UserError(
-            f"eval.num_fewshot={shots} is more than the {examples} examples that the task {name} has; give fewer."
-        )
+            f"The task {name} shows {shots} examples before each item, and has {there}; "
+            f"write eval.num_fewshot={max(0, there - 1)} or less."
+        ) from error

@@ -24,7 +24,7 @@ print(faults[-1] - faults[2])
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
 def test_forwards_of_short_texts_take_no_fresh_pages() -> None:
-    # A process of its own: this one has loaded other models. Without spd.allocator they take 5000.
+    # A process of its own: this one has loaded other models. Without spd.allocator they take thousands.
     done = subprocess.run(
         [sys.executable, "-c", FORWARDS], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 from treated import prepare
@@ -154,14 +153,57 @@ def test_lm_evals_command_keeps_answers_by_plan_and_refuses_its_own_cache(
 
     refused = run("--use_cache", str(tmp_path / "cache"))
     assert refused.returncode == 1
-    assert "write answers=<folder> in --model_args" in refused.stderr.splitlines()[-1]
+    assert "write answers=<folder> in --model_args" in refused.stderr
     done = run(answers=tmp_path / "answers", plan=tmp_path / "plan.json")
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "answers").iterdir()
     assert len(file.read_text().splitlines()) == 24
-    # The runner's own evaluation of the same model would go by the tasks' versions too.
-    found = SpdLM(model, answers=tmp_path / "answers").answers
-    assert found is not None
-    found.open(model)
-    assert len(found._known) == 24
-    assert torch.isfinite(torch.tensor([answer[0] for answer in found._known.values()])).all()
+    again = run(answers=tmp_path / "answers", plan=tmp_path / "plan.json")
+    assert again.returncode == 0, again.stderr
+    assert len(file.read_text().splitlines()) == 24
+
+
+@pytest.mark.parametrize(
+    ("kind", "reading"),
+    [
+        ("loglikelihood", {"max_length": 8}),
+        ("loglikelihood", {"add_bos_token": False}),
+        ("loglikelihood_rolling", {"prefix_token_id": 5}),
+    ],
+)
+def test_texts_read_in_another_way_are_answered_anew(
+    tiny_llama: Path, tmp_path: Path, kind: str, reading: dict
+) -> None:
+    model = spd.load(tiny_llama, tp_size=2)
+    context = " ".join(f"word{n}" for n in range(20))
+    asked = [Instance(kind, {}, (context, " word3") if kind == "loglikelihood" else (context,), 0, ("task", 0, 1))]
+
+    def answer(answers: Path | None, **options: Any) -> Any:
+        return getattr(SpdLM(model, answers=answers, **options), kind)(asked, disable_tqdm=True)
+
+    before = answer(tmp_path)
+    assert answer(tmp_path, **reading) == answer(None, **reading) != before
+    assert answer(tmp_path) == before
+
+
+def test_sampled_texts_are_drawn_anew(tiny_llama: Path, tmp_path: Path) -> None:
+    options = {"until": [], "do_sample": True, "temperature": 5.0, "max_gen_toks": 6}
+    asked = [Instance("generate_until", {}, ("word1 word2", dict(options)), i, ("task", i, 1)) for i in range(4)]
+    first, second = (SpdLM(spd.load(tiny_llama), answers=tmp_path).generate_until(asked) for _ in range(2))
+    assert len(set(first)) > 1
+    assert len(set(second)) > 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_read_as_far_as_it_goes_and_a_file_is_no_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    model = spd.load(tiny_llama)
+    answers = tmp_path / "answers"
+    before = SpdLM(model, answers=answers).loglikelihood(ASKED, disable_tqdm=True)
+    (file,) = answers.iterdir()
+    file.write_bytes(b"\xff\xfe{\n" + file.read_bytes())
+    assert SpdLM(model, answers=answers).loglikelihood(ASKED, disable_tqdm=True) == before
+    assert len(file.read_bytes().splitlines()) == 2
+    with pytest.raises(spd.UserError, match="is a file; give a folder"):
+        SpdLM(model, answers=file)
+    with pytest.raises(spd.UserError, match="answers=5 is no folder"):
+        SpdLM(model, answers=5)  # type: ignore[arg-type]

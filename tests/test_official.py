@@ -177,12 +177,22 @@ def test_a_subject_of_mmlu_that_is_missing_is_named_in_a_line(config: RunConfig,
     assert len(str(refused.value)) < 600
 
 
+def write_tasks(config: RunConfig, tmp_path: Path, data_root: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, fields in WRITTEN.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | fields))
+    config.eval.include_path, config.eval.data_root = str(tmp_path / "tasks"), str(data_root)
+
+
 METRIC = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity"}]
 OWN = {"dataset_path": "baber/piqa", "test_split": "test", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}"}
 WRITTEN = {
     "own_rolling": OWN | {"output_type": "loglikelihood_rolling", "metric_list": METRIC},
     "own_shots": OWN | {"output_type": "loglikelihood", "fewshot_split": "train"},
     "own_text": OWN | {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 64}},
+    "own_zero": OWN | {"output_type": "loglikelihood", "fewshot_split": "train", "num_fewshot": 0},
+    "own_words": OWN | {"output_type": "generate_until", "generation_kwargs": {"max_new_tokens": "8"}},
+    "own_acc": {"group": "own_acc", "task": ["own_rolling"], "aggregate_metric_list": [{"metric": "acc"}]},
     "own_group": {"group": "own_group", "task": ["own_shots"]},
     "own_scored": {"group": "own_scored", "task": ["own_shots"], "aggregate_metric_list": [{"metric": "acc"}]},
 }
@@ -192,8 +202,9 @@ WRITTEN = {
     ("tasks", "shots", "said"),
     [
         (["own_rolling"], None, "'own_rolling' reports none of acc, .*, but word_perplexity; leave it out"),
-        (["own_group"], None, r"'own_group' reports none of acc, .*, but nothing; name its tasks: \[own_shots\]"),
-        (["own_shots"], 50, r"eval\.num_fewshot=50 is more than the \d examples that the task own_shots has"),
+        (["own_group"], None, r"'own_group' reports none of acc, .*, but nothing; name its tasks .*: \[own_shots\]"),
+        (["own_shots"], 50, r"own_shots shows 50 examples before each item, and has 2; write eval\.num_fewshot=1 or"),
+        (["own_acc"], None, "'own_acc' reports none of acc, .*, but nothing"),
         (["own_text"], None, "own_text has answers of up to 64 tokens generated, and .* takes 64 positions"),
         (["own_scored", "own_shots"], None, "cannot be evaluated together"),
     ],
@@ -201,13 +212,21 @@ WRITTEN = {
 def test_tasks_that_cannot_be_scored_are_told_before_any_work(
     config: RunConfig, data_root: Path, tmp_path: Path, tasks: list[str], shots: int | None, said: str
 ) -> None:
-    (tmp_path / "tasks").mkdir()
-    for name, fields in WRITTEN.items():
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | fields))
+    write_tasks(config, tmp_path, data_root)
     config.eval.tasks, config.eval.num_fewshot = tasks, shots
-    config.eval.include_path, config.eval.data_root = str(tmp_path / "tasks"), str(data_root)
     with pytest.raises(UserError, match=said):
         inputs.check(config)
+
+
+@pytest.mark.parametrize(("task", "shots"), [("own_zero", 50), ("own_words", None), ("own_shots", 2)])
+def test_tasks_that_lm_eval_can_score_are_not_refused(
+    config: RunConfig, data_root: Path, tmp_path: Path, task: str, shots: int | None
+) -> None:
+    write_tasks(config, tmp_path, data_root)
+    config.eval.tasks, config.eval.num_fewshot = [task], shots
+    inputs.check(config)
+    where = {"include_path": config.eval.include_path, "data_root": data_root, "num_fewshot": shots}
+    assert evaluate(spd.load(config.model.path), [task], **where)["tasks"][task]["items"] == 2
 
 
 def test_without_a_network_or_a_folder_the_hub_is_named_before_a_model_is_loaded(
