@@ -142,6 +142,24 @@ def test_a_short_reach_and_another_size_change_no_logits() -> None:
     torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
 
 
+@every_family
+def test_nothing_is_compiled_after_the_warm_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = torch.compile  # in a capture nothing can be; what is compiled does not depend on the back end
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **given: compiler(f, backend="eager", fullgraph=True, dynamic=given["dynamic"])
+    )
+    model = graph_model(folder, 2, 0, all_reduce=lambda local: local, compiled=True)
+    for batch in (1, 3):
+        model.resize(batch, PROMPT, 64)
+        for decode, reach in ((False, None), (True, 48)):
+            model.capture(Arm(), decode=decode, reach=reach)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for arm in (Arm(), Arm(frozenset({3})), Arm(frozenset(range(12))), Arm(attention_all_reduce=False)):
+                    for blocks_alone in (False, True):
+                        model.position.fill_(PROMPT)
+                        model.capture(arm, decode=decode, reach=reach, blocks_alone=blocks_alone)()
+
+
 @pytest.mark.parametrize("decode", [False, True])
 def test_blocks_alone_sum_as_often_as_a_forward_and_choose_nothing(decode: bool) -> None:
     sums = []

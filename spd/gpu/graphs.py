@@ -9,6 +9,7 @@ import torch
 def warm_up(run: Callable[[], object], device: torch.device, times: int = 1) -> None:
     """Runs what will be captured, so that compilers and libraries have done what cannot be recorded."""
     if device.type != "cuda":
+        run()
         return
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

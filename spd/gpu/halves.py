@@ -119,6 +119,7 @@ class Halves:
         def stage(attention: Callable, options: dict[str, Any]) -> Stage:
             functions: list[Callable] = [attention, self._tp_mlp, self._spd_inner, self._spd_mlp]
             if compiled:
+                torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape and model
                 functions = [torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in functions]
             return Stage(*functions)
 

@@ -102,7 +102,7 @@ class GraphModel:
         self.device, self.dtype, self.all_reduce = torch.device(device), dtype, all_reduce
         settings: Any = config
         self.num_blocks = settings.num_hidden_layers
-        self.halves = Halves(family, config, compiled=compiled)
+        self.halves, self._compiled = Halves(family, config, compiled=compiled), compiled
         with torch.device("meta"):
             whole: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
@@ -232,6 +232,7 @@ class GraphModel:
     def _prompt_positions(self) -> Tensor:
         return self._columns[: self.prompt.shape[1]]
 
+    @torch.no_grad()  # also what is warmed up: compiled functions are of one grad mode
     def capture(
         self, arm: Arm, *, decode: bool, reach: int | None = None, blocks_alone: bool = False, pool: Any = None
     ) -> Callable[[], object]:
@@ -254,7 +255,7 @@ class GraphModel:
 
     def _warm_up(self, reach: int | None) -> None:
         """Compiles both blocks' functions, and lets libraries make their workspaces, once for each kind of graph."""
-        if reach in self._warm or self.device.type != "cuda":
+        if reach in self._warm or (self.device.type == "cpu" and not self._compiled):
             return
         self._warm.add(reach)
         decode = reach is not None

@@ -117,7 +117,6 @@ def start(settings: dict[str, Any], rank: int) -> torch.device:
     limit, nccl = timedelta(seconds=min(300, settings["timeout_s"])), False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape
         nccl = len(set(settings["devices"])) == settings["tp_size"]
     dist.init_process_group("nccl" if nccl else "gloo", timeout=limit, device_id=device if nccl else None)
     return device
