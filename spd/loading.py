@@ -24,7 +24,7 @@ def load(
     """Loads a checkpoint for `tp_size` tensor-parallel ranks, with nothing dropped.
 
     A folder written by `TensorParallelLM.save_pretrained` comes back as it was: with its plan's tp size and its blocks
-    dropped.
+    dropped. On a CPU the process keeps memory that it frees from then on (`spd.allocator`).
 
     Args:
         path: a Hugging Face folder or hub id with safetensors weights.

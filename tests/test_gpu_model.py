@@ -285,7 +285,7 @@ dist.destroy_process_group()
 """
 
 
-ONE, TWO = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}, {"NCCL_P2P_DISABLE": "1"}
+ON_ONE_GPU, NO_LINKS = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}, {"NCCL_P2P_DISABLE": "1"}
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees no two GPUs on this machine")
 
 
@@ -294,9 +294,9 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees 
     ("kinds", "settings"),
     [
         # Both ranks on one GPU: its numbers are right, its times would mean nothing.
-        pytest.param("one_shot,two_shot", ONE, marks=on_gpu, id="symmetric-memory"),
+        pytest.param("one_shot,two_shot", ON_ONE_GPU, marks=on_gpu, id="symmetric-memory"),
         pytest.param("nccl", {}, marks=two_gpus, id="nccl"),
-        pytest.param("nccl", TWO, marks=two_gpus, id="nccl-lbw"),
+        pytest.param("nccl", NO_LINKS, marks=two_gpus, id="nccl-lbw"),
     ],
 )
 @every_family

@@ -141,7 +141,8 @@ def add_launch(entry: dict[str, Any], name: str, link: str, options: argparse.Na
     before, shapes = entry.get("sessions"), fitting(architecture, options.tp_size, options.shapes)
     if not shapes:
         raise UserError("none of the shapes fits")
-    if before and [one["prompt_length"] * one["batch_size"] for one in before] != [s[0] * s[1] for s in shapes]:
+    there = [(one["batch_size"], one["prompt_length"]) for one in before or []]
+    if before and there != [(shape.batch_size, shape.prompt_length) for shape in shapes]:
         raise UserError(f"{options.folder} has other shapes of it, which these cannot be added to; take another folder")
     sessions = measure_gpu_latency(
         architecture,

@@ -156,11 +156,12 @@ def measure_gpu_latency(
         "interconnect": interconnect,
     }
     every = {name: {"dropped": blocks, "left_out": {}} for name, blocks in arms.items()} | CEILINGS
+    where = devices or [f"cuda:{rank}" for rank in range(tp_size)]
     sessions: list[dict[str, Any]] = [
         {
             "source": "measured",
-            "backend": "nccl",
-            "device": "cuda",
+            "backend": "gloo" if "cpu" in where or len(set(where)) < tp_size else "nccl",
+            "device": "cpu" if "cpu" in where else "cuda",
             **settings,
             **shape._asdict(),
             "launches": launches,
@@ -177,7 +178,7 @@ def measure_gpu_latency(
     given = {"architecture": model} if isinstance(model, dict) else {"checkpoint": str(model.resolve())}
     # Multicast is left off: the kernels used here need none, and not every machine permits it.
     environment = ENVIRONMENT[interconnect] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    if devices and set(devices) == {"cpu"}:
+    if set(where) == {"cpu"}:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     rounds = sum(shape.repeats for shape in shapes)
 
@@ -185,7 +186,7 @@ def measure_gpu_latency(
         asked = {"checkpoint": None, "architecture": None, **given, **settings, "seed": launch, "timeout_s": timeout_s}
         asked |= more
         asked |= {"shapes": [shape._asdict() for shape in shapes], "arms": every, "all_reduce": all_reduce}
-        asked |= {"devices": devices or [f"cuda:{rank}" for rank in range(tp_size)], "profile": launch == 0}
+        asked |= {"devices": where, "profile": launch == 0}
         found: list[dict[str, Any]] = run_ranks(
             function,
             asked,

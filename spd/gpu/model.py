@@ -283,7 +283,7 @@ class GraphModel:
 
         taken = {}
         for fused in (True, False):
-            run = functools.partial(torch.no_grad()(steps), fused)
+            run = functools.partial(steps, fused)
             graphs.warm_up(run, self.device)
             replay = graphs.capture(run, self.device)
             taken[fused] = min(events_ms(replay, 1) for _ in range(9))

@@ -1,0 +1,296 @@
+"""Sessions of `latency=gpu`: what is reported of one, whole ones on CPU ranks, and on a GPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from gpu_settings import REFERENCE, SETTINGS, SHAPE, SMALL, architecture, on_gpu
+
+from experiments.gpu_latency import measure
+from experiments.gpu_latency.measure import rows_of, table
+from spd.errors import UserError
+from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, merged, summarise
+from spd.launch import RankFailed
+
+
+def invented_session(launches: int = 5) -> dict:
+    """Times without noise but for a launch's own pace: 50 % dropped saves 10 %, the ceiling 20 %."""
+    paces = [1 + launch / 10 for launch in range(launches)]
+    of = {"0": 10.0, "6": 9.0, "no_attention_all_reduce": 8.0, "no_all_reduce": 6.0}
+    times = {arm: [[pace * ms * wobble for wobble in (0.9, 1, 1.1)] for pace in paces] for arm, ms in of.items()}
+    each = {metric: {arm: ms / 2 for arm, ms in of.items()} for metric in ("ttft_ms", "tpot_ms")}
+    shares = {m: {arm: {"share": ms / 100, "overlap": 0.0, "busy": 1.0} for arm, ms in of.items()} for m in each}
+    settings = {"source": "measured", "backend": "nccl", "device": "cuda", "launches": launches, "repeats": 3}
+    settings |= {"prompt_length": 128, "decode_at": 256, "batch_size": 4, "new_tokens": 8, "dtype": "bfloat16"}
+    return settings | {
+        "interconnect": "native",
+        "metrics": ["ttft_ms", "tpot_ms"],
+        "ceilings": list(CEILINGS),
+        "ttft_ms": times,
+        "tpot_ms": times,
+        **{name: [None] * launches for name in ("rates", "link", "all_reduce")},
+        "peak_memory_gb": [7.0] * launches,
+        "tp_plan": None,
+        "floor_ms": [each] * launches,
+        "communication": [shares] * launches,
+    }
+
+
+def test_a_session_is_reported_with_intervals_ceilings_and_floors() -> None:
+    found = summarise(invented_session(), "6")
+    assert found["ttft_ms"]["median"] == pytest.approx(9 * 1.2)
+    assert 9 <= found["ttft_ms"]["low"] < 10.8 < found["ttft_ms"]["high"] <= 9 * 1.4
+    assert found["ttft_ms"]["p10"] < found["ttft_ms"]["low"]
+    # A launch's own pace falls out of the speed-up.
+    assert found["ttft_speedup_percent"] == pytest.approx({"median": 10, "low": 10, "high": 10})
+    assert found["ceilings"]["tpot_ms"]["no_all_reduce"]["median"] == pytest.approx(40)
+    for part in found["fraction_of_ceiling"].values():
+        assert part == pytest.approx({"median": 0.5, "low": 0.5, "high": 0.5})
+    assert found["confidence"] == 1 - 0.5**4
+    assert summarise(invented_session(6), "6")["confidence"] == 0.95
+    assert found["over_floor"]["ttft_ms"] == pytest.approx(10.8 / 4.5)
+    assert found["communication"]["tpot_ms"]["before"]["share"] == 0.1
+    assert found["communication"]["tpot_ms"]["after"]["share"] == 0.09
+    assert found["tokens_per_s"]["median"] == pytest.approx(4000 / 10.8)
+    assert found["peak_memory_gb"] == {"median": 7, "low": 7, "high": 7, "p10": 7, "p90": 7}
+    assert found["blocks_ms"] is None
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_transformers_times_are_beside_the_arms() -> None:
+    session = invented_session()
+    session["tp_plan"] = {metric: [[40.0, 45.0, 60.0]] * 5 for metric in ("ttft_ms", "tpot_ms")}
+    found = summarise(session, "6")["tp_plan"]
+    assert found["ttft_ms"]["median"] == 45
+    assert found["times_ours"]["ttft_ms"]["median"] == pytest.approx(45 / 10.8)
+    assert "tp_plan" not in summarise(invented_session(), "6")
+
+
+def test_transformers_has_no_tensor_parallelism_for_opt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shape = SHAPE._replace(decode_at=32)
+    with pytest.raises(UserError, match="transformers has no tp_plan for opt"):
+        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, [shape], **SETTINGS, tp_plan=True)
+
+
+def test_fewer_than_three_launches_have_no_interval() -> None:
+    found = summarise(invented_session(2), "6")
+    assert found["confidence"] is None
+    assert found["tpot_ms"]["low"] is None
+    assert found["tpot_ms"]["median"] == pytest.approx(9 * 1.05)
+
+
+@pytest.fixture(scope="module")
+def sessions() -> tuple[list[dict], list[tuple[int, int]]]:
+    """Two CPU ranks over gloo, two launches of two shapes; nothing is compiled or captured."""
+    seen: list[tuple[int, int]] = []
+    shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=None, repeats=2)]
+    found = measure_gpu_latency(
+        {"model_type": "llama", **SMALL["llama"]}, 2, {"0": [], "3": [0, 1, 2]}, shapes, devices=["cpu", "cpu"],
+        on_progress=lambda *done: seen.append(done), **SETTINGS | {"launches": 2}
+    )  # fmt: skip
+    return found, seen
+
+
+def test_a_launch_times_every_phase_of_every_arm_at_every_shape(sessions: tuple[list[dict], list]) -> None:
+    found, seen = sessions
+    assert seen[-1] == (12, 12)
+    for session, repeats in zip(found, (4, 2), strict=True):
+        for phase in ("ttft_ms", "tpot_ms", *BLOCKS) if session is found[0] else ("ttft_ms",):
+            assert set(session[phase]) == {"0", "3", *CEILINGS}
+            for launches in session[phase].values():
+                assert [len(times) for times in launches] == [repeats, repeats]
+                assert all(ms > 0 for times in launches for ms in times)
+    assert [session["batch_size"] for session in found] == [2, 1]
+    assert found[0]["launch_s"] == found[1]["launch_s"]
+    assert (found[0]["device"], found[0]["backend"]) == ("cpu", "gloo")
+
+
+def test_a_sessions_floor_counts_bytes_products_and_every_all_reduce(sessions: tuple[list[dict], list]) -> None:
+    session = sessions[0][0]
+    reduce_ms = session["all_reduce"][0]["tpot_ms"]["us"]["nccl"] / 1e3
+    floors = session["floor_ms"][0]["tpot_ms"]
+    per_forward = {"0": 6, "3": 3, "no_attention_all_reduce": 3, "no_all_reduce": 0}
+    for arm, number in per_forward.items():
+        assert floors[arm] - floors["no_all_reduce"] == pytest.approx(number * reduce_ms, abs=2e-4)
+    assert floors["no_all_reduce"] > 0
+    fell_back = session["all_reduce"][0]["tpot_ms"]["fell_back"]
+    assert fell_back == {"one_shot": "there is no GPU", "two_shot": "there is no GPU"}
+
+
+def test_a_session_has_an_entry_for_every_arm(sessions: tuple[list[dict], list]) -> None:
+    for session in sessions[0]:
+        found = summarise(session, "3")
+        prefill_alone = session is sessions[0][1]
+        assert (
+            (found["blocks_ms"] is None) == (found["tokens_per_s"] is None) == ("tpot_ms" not in found) == prefill_alone
+        )
+        if not prefill_alone:
+            assert found["tokens_per_s"]["p10"] <= found["tokens_per_s"]["median"] <= found["tokens_per_s"]["p90"]
+        assert found["communication"]["ttft_ms"] == {"before": None, "after": None}  # kernels are a GPU's
+        assert json.loads(json.dumps(found)) == found
+
+
+def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list[dict], list]) -> None:
+    rows = pd.DataFrame([row for session in sessions[0] for row in rows_of(session, 3, model="small")])
+    assert len(rows) == 3 * 4
+    assert set(rows["drop"].dropna()) == {0, 1}
+    assert (rows[["median_ms", "floor_ms", "over_floor"]] > 0).all(axis=None)
+    shown = table(rows)
+    assert "| small | 2 | native | 2 | prefill 32 |" in shown
+    assert "| 0 % | 100 % | no attention all-reduce | no all-reduce |" in shown
+
+
+def test_transformers_own_ranks_are_timed_in_launches_of_their_own() -> None:
+    model = {"model_type": "llama", **SMALL["llama"]}
+    (session,) = measure_gpu_latency(
+        model, 2, {"0": []}, [SHAPE], devices=["cpu", "cpu"], tp_plan=True, **SETTINGS | {"dtype": "float32"}
+    )
+    assert [len(times) for times in session["tp_plan"]["ttft_ms"]] == [4]
+    assert summarise(session, "0")["tp_plan"]["times_ours"]["tpot_ms"]["median"] > 0
+    last = pd.DataFrame(rows_of(session, 3, model="small")).iloc[-1]
+    assert last["arm"] == "tp_plan"
+    assert last["median_ms"] > 0
+    assert pd.isna(last["floor_ms"])
+    assert last["times_ours_median"] > 0
+
+
+def test_sessions_of_other_launches_are_put_together(sessions: tuple[list[dict], list]) -> None:
+    for session in sessions[0]:
+        whole = merged(session, session)
+        assert whole["launches"] == 4
+        assert summarise(whole, "3")["confidence"] == 0.875
+        for name, value in session.items():
+            of_launches = isinstance(value, list) and name not in ("metrics", "ceilings")
+            assert whole[name] == (value + value if of_launches else whole[name])
+            if name.endswith("_ms") and isinstance(value, dict):
+                assert whole[name] == {arm: times + times for arm, times in value.items()}
+
+
+def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_else(
+    sessions: tuple[list[dict], list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked: list[tuple[int, str, int]] = []
+    shapes = [Shape(*(session[name] for name in Shape._fields[:4])) for session in sessions[0]]
+    found = json.loads(json.dumps(sessions[0]).replace('"3":', '"32":'))  # of three blocks, all
+
+    def launch(architecture: dict, tp_size: int, arms: dict, shapes: list, **options: Any) -> list[dict]:
+        asked.append((architecture["num_hidden_layers"], options["interconnect"], options["first_launch"]))
+        if options["interconnect"] == "lbw" and len(asked) < 3:
+            raise RankFailed("rank 1 of 2 died")
+        return [session | {"launches": 1, "interconnect": options["interconnect"]} for session in found]
+
+    monkeypatch.setattr(measure, "measure_gpu_latency", launch)
+    monkeypatch.setattr(measure, "fitting", lambda *given: shapes)
+    monkeypatch.setattr(measure, "here", lambda: {"gpu": "none"})
+    command = [str(tmp_path / "out"), "--models", "llama2_7b"]
+    measure.main([*command, "--launches", "1"])
+    assert "llama2_7b tp2 lbw, launch 0: rank 1 of 2 died" in capsys.readouterr().out
+    measure.main([*command, "--launches", "2"])
+    assert asked == [(32, "native", 0), (32, "lbw", 0), (32, "lbw", 0), (32, "native", 1), (32, "lbw", 1)]
+    monkeypatch.setattr(
+        measure, "fitting", lambda *given: [shapes[0]._replace(batch_size=4, prompt_length=16), shapes[1]]
+    )
+    measure.main([*command, "--launches", "3"])
+    assert "llama2_7b tp2 native, launch 2: " in (said := capsys.readouterr().out)
+    assert "has other shapes of it" in said
+    measure.main([*command, "--launches", "3", "--seconds", "0"])
+    assert "llama2_7b tp2 native, launch 2: not begun" in capsys.readouterr().out
+    measure.main([*command, "--launches", "0"])
+    assert len(asked) == 5
+    rows = pd.read_csv(tmp_path / "out/latency.csv", dtype={"arm": str})
+    assert len(rows) == 2 * 12
+    assert set(rows["launches"]) == {2}
+    assert set(rows["gpu"]) == {"none"}
+    assert "| llama2_7b | 2 | lbw | 2 | decode at 64 |" in capsys.readouterr().out
+
+
+def test_positions_that_a_model_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="up to position 68, and this model takes 64"):
+        measure_gpu_latency({"model_type": "opt", **SMALL["opt"]}, 2, {"0": []}, [SHAPE], **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("at", "prompt", "reach", "cache"),
+    [(256, 128, 384, 384), (256, 2048, 384, 2048), (2048, 2048, 2176, 2176), (None, 2048, None, 2048)],
+)
+def test_decoding_looks_no_further_than_its_position(
+    at: int | None, prompt: int, reach: int | None, cache: int
+) -> None:
+    shape = Shape(1, prompt, decode_at=at, repeats=1)
+    assert (shape.reach(8), shape.cache_length(8)) == (reach, cache)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_one_gpu_gives_a_whole_session() -> None:
+    seen: list[tuple[int, int]] = []
+    arms = {"0": [], "6": [0, 1, 2, 3, 4, 5]}
+    session, longer = measure_gpu_latency(
+        REFERENCE, 1, arms, [SHAPE, Shape(1, 200, 20, 3)], **SETTINGS,
+        on_progress=lambda *done: seen.append(done)
+    )  # fmt: skip
+    assert seen[-1] == (7, 7)
+    assert summarise(longer, "6")["ttft_ms"]["median"] > 0
+    whole = summarise(session, "6")
+    assert all(whole["blocks_ms"][metric]["median"] < whole[metric]["median"] for metric in whole["blocks_ms"])
+    found = summarise(session, "6")
+    for metric in ("ttft_ms", "tpot_ms"):
+        assert 0 < found["floor_ms"][metric] < found[metric]["median"] < 100
+        assert found["communication"][metric]["before"]["share"] == 0
+        assert found["communication"][metric]["before"]["busy"] > 0.1
+    assert found["peak_memory_gb"]["median"] > 0.01
+    assert found["all_reduce"] == {}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("model", [REFERENCE, {"model_type": "llama", **SMALL["llama"]}], ids=["checkpoint", "random"])
+def test_transformers_own_tensor_parallelism_is_timed_beside_the_arms(model: Path | dict) -> None:
+    (session,) = measure_gpu_latency(model, 1, {"0": []}, [SHAPE], **SETTINGS, tp_plan=True)
+    found = summarise(session, "0")["tp_plan"]
+    for metric in ("ttft_ms", "tpot_ms"):
+        assert found[metric]["median"] > 0
+        assert found["times_ours"][metric]["median"] > 1
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_two_ranks_sum_with_the_quickest_kind_that_works_and_say_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both ranks on one GPU, which NCCL refuses: everything is right but the times.
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    everything = list(range(12))
+    (session,) = measure_gpu_latency(
+        REFERENCE, 2, {"0": [], "12": everything}, [SHAPE], **SETTINGS, devices=["cuda:0", "cuda:0"]
+    )
+    found = summarise(session, "12")
+    for metric in ("ttft_ms", "tpot_ms"):
+        chosen = found["all_reduce"][metric]
+        assert chosen["kind"] == min(chosen["us"], key=chosen["us"].get)
+        assert "NCCL refuses" in chosen["fell_back"]["nccl"]
+        shares = session["communication"][0][metric]
+        assert shares["0"]["share"] > shares["12"]["share"] > 0
+        assert shares["no_all_reduce"]["share"] == 0
+        timelines = session["timeline"][0][metric]
+        assert sum(kernel["communicates"] for kernel in timelines["0"]) == 2
+        assert sum(kernel["communicates"] for kernel in timelines["12"]) == 1
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_model_that_does_not_fit_is_refused_by_its_rank() -> None:
+    with pytest.raises(UserError, match=r"rank 0 of 1 needs .* GB free: .*would fit"):
+        measure_gpu_latency(architecture("llama2_70b"), 1, {"0": []}, [SHAPE, Shape(128, 32, 3000, 1)], **SETTINGS)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_an_all_reduce_that_does_not_work_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"latency\.all_reduce=nccl does not work here .*share a GPU"):
+        measure_gpu_latency(
+            REFERENCE, 2, {"0": []}, [SHAPE], **SETTINGS | {"all_reduce": "nccl"}, devices=["cuda:0", "cuda:0"]
+        )
