@@ -212,7 +212,7 @@ def _check_scored(name: str, found: dict[str, Any]) -> None:
 
 def _check_examples(name: str, task: Task, shots: int, there: int) -> None:
     # As lm-eval: an item of the split that examples are of is none of its own examples.
-    item = task.eval_docs[0] if task.fewshot_cfg.split == task.config.test_split else None
+    item = next(iter(task.eval_docs), None) if task.fewshot_cfg.split == task.config.test_split else None
     try:
         task.sampler.sample(shots, eval_doc=item)
     except (ValueError, AssertionError) as error:
