@@ -9,7 +9,9 @@ import pytest
 from spd.config import ROOT
 
 FORWARDS = """
-import resource, torch, spd
+import resource, sys, torch, spd, spd.loading
+if "fresh" in sys.argv:
+    spd.loading.keep_freed_memory = lambda: None
 model = spd.load("experiments/reference/models/ref_llama", tp_size=8, dtype="float32")
 model.drop(range(12))
 ids = torch.randint(500, (8, 48))
@@ -22,10 +24,15 @@ print(faults[-1] - faults[2])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
-def test_forwards_of_short_texts_take_no_fresh_pages() -> None:
-    # A process of its own: this one has loaded other models. Without spd.allocator they take thousands.
+def fresh_pages(*arguments: str) -> int:
+    # A process of its own: this one has loaded other models.
     done = subprocess.run(
-        [sys.executable, "-c", FORWARDS], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", FORWARDS, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
-    assert int(done.stdout) < 500
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
+def test_forwards_of_short_texts_take_a_tenth_of_the_fresh_pages_at_most() -> None:
+    # Some hundreds beside 170 000 where this was written: how threads are scheduled decides what they find free.
+    assert fresh_pages() < fresh_pages("fresh") / 10
