@@ -341,7 +341,9 @@ def _rank_main(folder: Path, agent: int) -> None:
 
 def end_rank() -> None:
     """Ends the process of a rank that is done, its process group closed."""
-    if "torch.distributed" in sys.modules and (dist := sys.modules["torch.distributed"]).is_initialized():
+    dist: Any = sys.modules.get("torch.distributed")
+    # NCCL's would wait for CUDA graphs that hold its kernels.
+    if dist is not None and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()  # else gloo and torch warn about a group that was left open
     sys.stdout.flush()
     sys.stderr.flush()

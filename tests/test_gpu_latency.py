@@ -18,7 +18,7 @@ from spd.gpu import memory
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.latency import measure_gpu_latency
 from spd.gpu.model import GraphModel
-from spd.gpu.profile import Kernel, block_timeline, communication
+from spd.gpu.profile import Kernel, between_marks, block_timeline, communication
 from spd.launch import run_ranks
 from spd.results import Results
 from spd.steps import RandomSteps
@@ -76,11 +76,11 @@ def test_a_model_too_large_for_its_gpu_is_refused_with_what_would_fit() -> None:
     shape = {"config": config, "family": family_of(config), "prompt_length": 128, "cache_length": 512}
     shape |= {"dtype": torch.bfloat16, "batch_size": 16}
     with pytest.raises(UserError) as refused:
-        memory.check_memory(1, 2, torch.device("cuda", 1), int(73e9), **shape)
+        memory.check_memory(1, 2, torch.device("cuda", 1), int(77e9), **shape)
     said = str(refused.value)
     assert said.startswith("rank 1 of 2 needs 73.22 GB")
     assert "of weights" in said
-    assert "cuda:1 has 73.00 GB free" in said
+    assert "cuda:1 has 77.00 GB free, of which a twentieth is kept" in said
     assert "latency.batch_size=8 or parallel.tp_size=4 would fit" in said
     with pytest.raises(UserError, match=r"nothing of this model fits; one sequence at this tp_size takes 7[12]"):
         memory.check_memory(0, 2, torch.device("cuda", 0), int(1e9), **shape)
@@ -210,6 +210,21 @@ def test_shares_are_what_counting_microseconds_gives(parts: list[tuple[bool, int
     assert found["share"] == pytest.approx(len(talking) / (last - first), abs=1e-4)
     assert found["busy"] == pytest.approx(len(talking | working) / (last - first), abs=1e-4)
     assert found["overlap"] == pytest.approx(len(talking & working) / max(1, len(talking)), abs=1e-4)
+
+
+MARK = "void at::native::roll_cuda_kernel<float>"
+
+
+@given(st.lists(st.lists(st.sampled_from(["mm", "nccl", "triton_unroll"]), max_size=4), min_size=1), st.integers(0, 9))
+def test_runs_under_one_profile_are_told_apart_by_marks_or_not_at_all(names: list[list[str]], lost: int) -> None:
+    sequence = ["warm", "fill", *(name for run in names for name in ("fill", MARK, *run, MARK))]
+    kernels = [Kernel(name, 3.0 * i + 50, 3.0 * i + 52) for i, name in enumerate(sequence)][lost:]
+    found = between_marks(kernels[::-1], len(names))
+    if lost > 3:  # a mark is among them
+        assert found == [[] for _ in names]
+    else:
+        assert [[kernel.name for kernel in run] for run in found] == names
+        assert all(kernel.start_us == 3 * i for run in found for i, kernel in enumerate(run))
 
 
 def test_a_blocks_timeline_goes_from_the_sum_before_it_to_its_own() -> None:

@@ -1,13 +1,12 @@
 """The engine that latency on GPUs is measured with: exact on any device, and captured on a GPU."""
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_ranks import RANKS_DROP
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce
 from spd.gpu.model import Arm, GraphModel
+from spd.launch import run_ranks
 
 REFERENCE = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
 PROMPT, NEW = 20, 12
@@ -243,84 +243,52 @@ def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
     assert torch.equal(torch.cat(tokens, 1), want)
 
 
-RANK = """
-import os
-import sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-from pathlib import Path
-from spd.checkpoint import Checkpoint, read_config
-from spd.families import family_of
-from spd.gpu import all_reduce
-from spd.gpu.model import Arm, GraphModel
-
-folder, kinds = Path(sys.argv[1]), sys.argv[3].split(",")
-device = torch.device("cuda", int(os.environ["RANK"]) if kinds == ["nccl"] else 0)
-torch.cuda.set_device(device)
-dist.init_process_group("nccl" if kinds == ["nccl"] else "gloo", timeout=timedelta(seconds=60))
-config, rank = read_config(folder), dist.get_rank()
-ids, want = torch.load(sys.argv[2], weights_only=True)
-arm = Arm(frozenset({0, 5, 11}))
-for kind in kinds:
-    reduce = all_reduce.make(kind, ids.numel() * config.hidden_size, torch.float32, device)
-    model = GraphModel(
-        config, family_of(config), 2, rank, checkpoint=Checkpoint(folder), batch_size=len(ids), cache_length=64,
-        prompt_length=ids.shape[1], all_reduce=reduce, dtype=torch.float32, device=device, compiled=False,
-    )
-    first, step = model.capture(arm, decode=False), model.capture(arm, decode=True)
-    model.prompt.copy_(ids.to(device))
-    torch.cuda.synchronize()
-    dist.barrier()
-    first()
-    for i in range(want.shape[1]):
-        if i:
-            step()
-        torch.testing.assert_close(model.logits.cpu(), want[:, i], atol=2e-3, rtol=1e-3)
-        model.token.copy_(want[:, i].argmax(-1, keepdim=True))
-    print(kind, "equal", flush=True)
-    del model, first, step  # NCCL waits for graphs that hold its kernels
-    torch.cuda.synchronize()
-dist.destroy_process_group()
-"""
-
-
+TWO = ["cuda:0", "cuda:1"]
 ON_ONE_GPU, NO_LINKS = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}, {"NCCL_P2P_DISABLE": "1"}
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees no two GPUs on this machine")
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("kinds", "settings"),
+    ("kinds", "devices", "environment"),
     [
+        pytest.param(["nccl"], ["cpu", "cpu"], {}, id="cpu"),
         # Both ranks on one GPU: its numbers are right, its times would mean nothing.
-        pytest.param("one_shot,two_shot", ON_ONE_GPU, marks=on_gpu, id="symmetric-memory"),
-        pytest.param("nccl", {}, marks=two_gpus, id="nccl"),
-        pytest.param("nccl", NO_LINKS, marks=two_gpus, id="nccl-lbw"),
+        pytest.param(
+            ["one_shot", "two_shot"],
+            ["cuda:0", "cuda:0"],
+            ON_ONE_GPU,
+            marks=[pytest.mark.gpu, on_gpu],
+            id="symmetric-memory",
+        ),
+        pytest.param(["nccl"], TWO, {}, marks=[pytest.mark.gpu, two_gpus], id="nccl"),
+        pytest.param(["nccl"], TWO, NO_LINKS, marks=[pytest.mark.gpu, two_gpus], id="nccl-lbw"),
     ],
 )
 @every_family
-def test_two_ranks_captured_with_their_all_reduce_give_what_virtual_ranks_give(
-    folder: Path, kinds: str, settings: dict[str, str], tmp_path: Path
+def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
+    folder: Path,
+    kinds: list[str],
+    devices: list[str],
+    environment: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids = prompts(folder, 2)
     virtual = spd.load(folder, tp_size=2, dtype="float32")
-    virtual.drop([0, 5, 11])
+    virtual.drop(RANKS_DROP)
     tokens, want = ids, []
     with torch.no_grad():
         for _ in range(NEW):
             want.append(virtual(tokens)[:, -1])
             tokens = torch.cat([tokens, want[-1].argmax(-1, keepdim=True)], 1)
-    torch.save((ids, torch.stack(want, 1)), tmp_path / "want.pt")
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
-    done = subprocess.run(
-        [*command, str(folder), str(tmp_path / "want.pt"), kinds],
-        env=os.environ | settings | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    save_file({"ids": ids, "want": torch.stack(want, 1)}, tmp_path / "want.safetensors")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    asked = {"folder": str(folder), "want": str(tmp_path / "want.safetensors"), "kinds": kinds, "devices": devices}
+    found = run_ranks(
+        "gpu_ranks:compared",
+        asked | {"tp_size": 2, "timeout_s": 60},
+        tp_size=2,
+        timeout_s=120,
+        environment=environment | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal") == 2 * len(kinds.split(","))
+    assert found["equal"] == kinds

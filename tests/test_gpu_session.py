@@ -170,42 +170,100 @@ def test_sessions_of_other_launches_are_put_together(sessions: tuple[list[dict],
                 assert whole[name] == {arm: times + times for arm, times in value.items()}
 
 
-def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_else(
-    sessions: tuple[list[dict], list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    asked: list[tuple[int, str, int]] = []
-    shapes = [Shape(*(session[name] for name in Shape._fields[:4])) for session in sessions[0]]
-    found = json.loads(json.dumps(sessions[0]).replace('"3":', '"32":'))  # of three blocks, all
+class Launches:
+    """In place of GPUs: launches that are those of `sessions`, as of a model of 32 blocks."""
 
-    def launch(architecture: dict, tp_size: int, arms: dict, shapes: list, **options: Any) -> list[dict]:
-        asked.append((architecture["num_hidden_layers"], options["interconnect"], options["first_launch"]))
-        if options["interconnect"] == "lbw" and len(asked) < 3:
+    def __init__(self, sessions: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found = json.loads(json.dumps(sessions).replace('"3":', '"32":'))  # of three blocks, all
+        self.asked: list[tuple[str, int, int]] = []
+        self.failing: set[str] = set()
+        self.here = {"gpu": "none", "date": "2026-11-27"}
+        monkeypatch.setattr(measure, "SHAPES", dict(zip(("2x32", "1x150"), map(self.shape, sessions), strict=True)))
+        monkeypatch.setattr(measure, "measure_gpu_latency", self.launch)
+        monkeypatch.setattr(measure, "here", lambda: dict(self.here))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**10, 8 * 10**10))
+
+    @staticmethod
+    def shape(session: dict) -> Shape:
+        return Shape(*(session[name] for name in Shape._fields))
+
+    def launch(self, architecture: dict, tp_size: int, arms: dict, shapes: list, **options: Any) -> list[dict]:
+        self.asked.append((options["interconnect"], options["first_launch"], len(shapes)))
+        if options["interconnect"] in self.failing:
             raise RankFailed("rank 1 of 2 died")
-        return [session | {"launches": 1, "interconnect": options["interconnect"]} for session in found]
+        of = {"launches": 1, "interconnect": options["interconnect"]}
+        return [session | of for session in self.found if self.shape(session) in shapes]
 
-    monkeypatch.setattr(measure, "measure_gpu_latency", launch)
-    monkeypatch.setattr(measure, "fitting", lambda *given: shapes)
-    monkeypatch.setattr(measure, "here", lambda: {"gpu": "none"})
-    command = [str(tmp_path / "out"), "--models", "llama2_7b"]
-    measure.main([*command, "--launches", "1"])
+
+@pytest.fixture
+def launches(sessions: tuple[list[dict], list], monkeypatch: pytest.MonkeyPatch) -> Launches:
+    return Launches(sessions[0], monkeypatch)
+
+
+def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_else(
+    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [str(tmp_path / "out"), "--models", "llama2_7b", "--shapes"]
+    launches.failing = {"lbw"}
+    measure.main([*command, "2x32", "--launches", "1"])
     assert "llama2_7b tp2 lbw, launch 0: rank 1 of 2 died" in capsys.readouterr().out
-    measure.main([*command, "--launches", "2"])
-    assert asked == [(32, "native", 0), (32, "lbw", 0), (32, "lbw", 0), (32, "native", 1), (32, "lbw", 1)]
-    monkeypatch.setattr(
-        measure, "fitting", lambda *given: [shapes[0]._replace(batch_size=4, prompt_length=16), shapes[1]]
-    )
-    measure.main([*command, "--launches", "3"])
-    assert "llama2_7b tp2 native, launch 2: " in (said := capsys.readouterr().out)
-    assert "has other shapes of it" in said
-    measure.main([*command, "--launches", "3", "--seconds", "0"])
-    assert "llama2_7b tp2 native, launch 2: not begun" in capsys.readouterr().out
-    measure.main([*command, "--launches", "0"])
-    assert len(asked) == 5
+    assert launches.asked == [("native", 0, 1), ("lbw", 0, 1)]
+    launches.failing = set()
+    measure.main([*command, "2x32", "1x150", "--launches", "2"])
+    # What a shape has too few of is added, and that alone.
+    assert launches.asked[2:] == [("native", 0, 1), ("lbw", 0, 2), ("native", 1, 2), ("lbw", 1, 2)]
+    # A launch that took 100 s of lbw is expected to take as long again.
+    file = tmp_path / "out/sessions.json"
+    found = json.loads(file.read_text())
+    found["llama2_7b tp2 lbw"]["took_s"] = 100
+    file.write_text(json.dumps(found))
+    measure.main([*command, "2x32", "--launches", "3", "--seconds", "60"])
+    assert launches.asked[6:] == [("native", 2, 1)]
+    assert "llama2_7b tp2 lbw, launch 2: not begun" in capsys.readouterr().out
+    measure.main([*command, "2x32", "--launches", "0"])
+    assert len(launches.asked) == 7
     rows = pd.read_csv(tmp_path / "out/latency.csv", dtype={"arm": str})
     assert len(rows) == 2 * 12
-    assert set(rows["launches"]) == {2}
+    assert set(rows["launches"]) == {2, 3}
     assert set(rows["gpu"]) == {"none"}
     assert "| llama2_7b | 2 | lbw | 2 | decode at 64 |" in capsys.readouterr().out
+
+
+def test_a_measurement_ends_when_two_launches_fail_one_after_the_other(
+    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    launches.failing = {"native", "lbw"}
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        measure.main([str(tmp_path / "out"), "--models", "llama2_7b", "--shapes", "2x32"])
+    assert launches.asked == [("native", 0, 1), ("lbw", 0, 1)]
+    assert "two failed one after the other" in capsys.readouterr().out
+
+
+def test_launches_of_different_gpus_are_not_put_together(
+    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [str(tmp_path), "--models", "llama2_7b", "--interconnects", "native", "--shapes", "2x32", "--launches"]
+    measure.main([*command, "1"])
+    launches.here["date"] = "2026-11-28"
+    measure.main([*command, "2"])
+    launches.here["gpu"] = "another"
+    measure.main([*command, "3"])
+    assert "has launches of it with gpu none, here another; take another folder" in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "latency.csv")
+    assert set(rows["launches"]) == {2}
+    assert set(rows["date"]) == {"2026-11-27, 2026-11-28"}
+
+
+def test_shapes_of_large_models_are_repeated_half_as_often_and_left_out_where_they_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for free, there in ((150, [10, 4, 2, 2]), (84, [10, 4, 2])):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 10**9, free * 10**9))
+        found = measure.fitting(architecture("llama2_70b"), 2, list(measure.SHAPES))
+        assert [shape.repeats for shape in found.values()] == there
+    assert "16x2048 does not fit: 8" in capsys.readouterr().out
+    found = measure.fitting(architecture("llama2_7b"), 2, list(measure.SHAPES))
+    assert found == measure.SHAPES
 
 
 def test_positions_that_a_model_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ if __name__ == "__main__":
         session | {"model": model}
         for entry in entries
         if entry["model"] == model
-        for session in entry["sessions"]
+        for session in entry["sessions"].values()
         if session["batch_size"] == 1
     ]
     draw_timelines(sessions, folder / "timeline.png")

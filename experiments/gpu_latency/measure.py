@@ -5,8 +5,9 @@
 
 What `python run.py experiment=gpu_latency` measures, for machines that have neither Hydra nor lm-eval, and with all
 shapes in one launch. Weights are random. `out/sessions.json` is written after every launch, and launches are added to
-what is in it: a measurement can be stopped and go on, and a launch that fails loses nothing else. A row of the CSV is
-one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
+what is in it: a measurement can be stopped and go on, and a launch that fails loses nothing else; its ranks' output is
+in `out/logs`. A row of the CSV is one arm of one phase: milliseconds and speed-ups with what
+`spd.gpu.latency.summarise` says of them.
 """
 
 import argparse
@@ -38,6 +39,8 @@ SHAPES = {
     "16x2048": Shape(16, 2048, decode_at=None, repeats=2),
 }
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
+LARGE = 2 * 10**10
+"""Bytes of a rank's weights from which on a shape is repeated half as often."""
 NEW_TOKENS = 8
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
@@ -119,50 +122,68 @@ def column(arm: str, drop: float) -> str:
     return arm if pd.isna(drop) else f"{100 * min(DROPS, key=lambda asked: abs(asked - drop)):g} %"
 
 
-def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> list[Shape]:
+def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> dict[str, Shape]:
     """Those of the shapes for which a rank's part fits into a GPU of this machine; says which do not."""
     config, free = read_architecture(architecture), torch.cuda.mem_get_info(0)[0]
-    found = []
+    found = {}
     for name in names:
         shape = SHAPES[name]
         cache = shape.cache_length(NEW_TOKENS)
         asked = needed(config, family_of(config), tp_size, shape.batch_size, shape.prompt_length, cache, torch.bfloat16)
-        if asked.total < free:
-            found.append(shape)
+        if asked.fits(free):
+            found[name] = shape._replace(repeats=max(2, shape.repeats // 4 * 2)) if asked.weights > LARGE else shape
         else:
             print(f"{name} does not fit: {asked}", flush=True)
     return found
 
 
-def add_launch(entry: dict[str, Any], name: str, link: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What `sessions.json` has of a model and interconnect ({} where it has nothing), and one launch more."""
-    architecture = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())["architecture"]
-    blocks = architecture["num_hidden_layers"]
-    before, shapes = entry.get("sessions"), fitting(architecture, options.tp_size, options.shapes)
-    if not shapes:
-        raise UserError("none of the shapes fits")
-    there = [(one["batch_size"], one["prompt_length"]) for one in before or []]
-    if before and there != [(shape.batch_size, shape.prompt_length) for shape in shapes]:
-        raise UserError(f"{options.folder} has other shapes of it, which these cannot be added to; take another folder")
-    sessions = measure_gpu_latency(
-        architecture,
+def add_launch(
+    entry: dict[str, Any], launch: int, shapes: dict[str, Shape], link: str, options: argparse.Namespace
+) -> None:
+    """Adds one launch of some shapes to what `sessions.json` has of a model and interconnect.
+
+    Raises:
+        UserError: what is there was measured with another GPU or other versions, or as `measure_gpu_latency` does.
+        spd.launch.RankFailed: a rank died, or the launch took too long.
+    """
+    now, before = here(), entry["here"]
+    if before and (other := [name for name in now if name != "date" and now[name] != before[name]]):
+        said = ", ".join(f"{name} {before[name]}, here {now[name]}" for name in other)
+        raise UserError(f"{options.folder} has launches of it with {said}; take another folder")
+    began, sessions = time.monotonic(), entry["sessions"]
+    found = measure_gpu_latency(
+        architecture_of(entry["model"]),
         options.tp_size,
-        arms_of(blocks),
-        shapes,
+        arms_of(entry["blocks"]),
+        list(shapes.values()),
         dtype="bfloat16",
         new_tokens=NEW_TOKENS,
         launches=1,
-        first_launch=before[0]["launches"] if before else 0,
+        first_launch=launch,
         warmup=1,
         all_reduce="auto",
         interconnect=link,
         tp_plan=options.tp_plan,
         timeout_s=options.timeout,
+        log_dir=options.folder / "logs",
     )
-    print(name, link, sessions[0]["launch_s"], [session["capture_s"] for session in sessions], flush=True)
-    if before:
-        sessions = [merged(*two) for two in zip(before, sessions, strict=True)]
-    return {"model": name, "blocks": blocks, "here": here(), "sessions": sessions}
+    for name, session in zip(shapes, found, strict=True):
+        sessions[name] = merged(sessions[name], session) if name in sessions else session
+    entry["took_s"] = round(time.monotonic() - began)
+    dates = {now["date"], *(before["date"].split(", ") if before else [])}
+    entry["here"] = now | {"date": ", ".join(sorted(dates))}
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    """That of `conf/model`."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text())["architecture"]
+    return found
+
+
+def done(entry: dict[str, Any], shape: str) -> int:
+    """How many launches there are of a shape."""
+    launches: int = entry["sessions"].get(shape, {"launches": 0})["launches"]
+    return launches
 
 
 def here() -> dict[str, Any]:
@@ -191,31 +212,42 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
     parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch after so many")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch that would end later")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
-    file, began = options.folder / "sessions.json", time.monotonic()
+    file, began, failed = options.folder / "sessions.json", time.monotonic(), 0
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for launch, name, link in itertools.product(range(options.launches), options.models, options.interconnects):
         key = f"{name} tp{options.tp_size} {link}"
-        entry = found.get(key, {})
-        if (entry["sessions"][0]["launches"] if entry else 0) > launch:
+        new = {"model": name, "here": None, "sessions": {}, "took_s": 0}
+        entry = found.get(key, new | {"blocks": architecture_of(name)["num_hidden_layers"]})
+        missing = [shape for shape in options.shapes if done(entry, shape) == launch]
+        if not missing or not (shapes := fitting(architecture_of(name), options.tp_size, missing)):
             continue
-        if time.monotonic() - began > options.seconds:
-            print(f"{key}, launch {launch}: not begun, the time is up", flush=True)
+        if time.monotonic() - began + entry["took_s"] > options.seconds:
+            print(f"{key}, launch {launch}: not begun, it would end after {options.seconds:g} s", flush=True)
             continue
         try:
-            found[key] = add_launch(entry, name, link, options)
+            add_launch(entry, launch, shapes, link, options)
         except (UserError, RankFailed) as error:  # what was measured before is not lost with it
             print(f"{key}, launch {launch}: {error}", flush=True)
+            failed += 1
+            if failed == 2:
+                print("two failed one after the other: no more are begun", flush=True)
+                break
             continue
-        file.write_text(json.dumps(found))
+        failed, found[key] = 0, entry
+        captured = {shape: session["capture_s"][-1] for shape, session in entry["sessions"].items()}
+        print(f"{key}, launch {launch}: {entry['took_s']} s, graphs after {captured} s", flush=True)
+        draft = file.with_suffix(".draft")
+        draft.write_text(json.dumps(found))
+        draft.replace(file)
     if not found:
         raise SystemExit("nothing was measured")
     rows = pd.DataFrame([
         row
         for entry in found.values()
-        for session in entry["sessions"]
+        for session in entry["sessions"].values()
         for row in rows_of(session, entry["blocks"], **entry["here"], model=entry["model"])
     ])  # fmt: skip
     rows.round(4).to_csv(options.folder / "latency.csv", index=False)

@@ -28,7 +28,8 @@ class Captured:
 
     def __init__(self, run: Callable[[], object], pool: Any = None) -> None:
         self.run, self.graph = run, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Of this thread alone: NCCL and the profiler have threads of their own, which may allocate meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             run()
 
     def __call__(self) -> None:

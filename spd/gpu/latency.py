@@ -14,7 +14,7 @@ from filelock import FileLock
 from spd.errors import UserError
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.latency import CONFIDENCE, METRICS, confidence_of, lock_file, shifted
-from spd.launch import Progress, run_ranks
+from spd.launch import Progress, run_ranks, threads_per_rank
 
 CEILINGS: dict[str, dict[str, Any]] = {
     "no_attention_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False}},
@@ -55,8 +55,7 @@ class Shape(NamedTuple):
 
     def reach(self, new_tokens: int) -> int | None:
         """Positions that the timed decoding steps look at, as a serving engine's would: those there are, to 128."""
-        # One more than are timed, for the second of two replays under the profiler where there is one new token.
-        return None if self.decode_at is None else _up(self.decode_at + new_tokens + 1)
+        return None if self.decode_at is None else _up(self.decode_at + new_tokens)
 
     def cache_length(self, new_tokens: int) -> int:
         """Positions that are kept, a multiple of 128."""
@@ -118,7 +117,7 @@ def measure_gpu_latency(
             can be put together (`merged`).
         all_reduce: nccl, one_shot, two_shot or auto (`spd.gpu.all_reduce.choose`).
         interconnect: native, lbw or socket (`spd.gpu.interconnect.ENVIRONMENT`).
-        tp_plan: whether to time transformers' own tensor parallelism too, in a launch after each of these.
+        tp_plan: whether to time transformers' own tensor parallelism too, in a launch before each of these.
         devices: of each rank, by default cuda:0 to cuda:<tp_size - 1>. Ranks that share a GPU (all_reduce one_shot or
             two_shot, with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing;
             so do CPUs, where nothing is compiled or captured: for tests.
@@ -178,6 +177,8 @@ def measure_gpu_latency(
     given = {"architecture": model} if isinstance(model, dict) else {"checkpoint": str(model.resolve())}
     # Multicast is left off: the kernels used here need none, and not every machine permits it.
     environment = ENVIRONMENT[interconnect] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    # Workers that compile: by default as many as there are cores, for each rank.
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(min(8, threads_per_rank(tp_size)))
     if set(where) == {"cpu"}:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     rounds = sum(shape.repeats for shape in shapes)
@@ -202,12 +203,12 @@ def measure_gpu_latency(
     for launch in range(first_launch, first_launch + launches):
         with FileLock(lock_file(), mode=0o666), TemporaryDirectory(prefix="spd-tp-plan-") as folder:
             # Locked, as two launches at once would time each other.
+            theirs: list[dict[str, Any]] = [{} for _ in shapes]
+            if tp_plan:  # first, as it has more reasons to fail
+                theirs = ranks("spd.gpu.tp_plan:measure_rank", launch, folder=folder)
             start = time.monotonic()
             found = ranks("spd.gpu.rank:measure_rank", launch)
             launch_s = round(time.monotonic() - start, 3)
-            theirs: list[dict[str, Any]] = [{} for _ in shapes]
-            if tp_plan:
-                theirs = ranks("spd.gpu.tp_plan:measure_rank", launch, folder=folder)
         for shape, session, ours, other in zip(shapes, sessions, found, theirs, strict=True):
             session["launch_s"].append(launch_s)
             for phase in shape.phases:

@@ -25,6 +25,10 @@ class Needed(NamedTuple):
         """All of it."""
         return sum(self)
 
+    def fits(self, free: int) -> bool:
+        """Whether it does into `free` bytes, of which a twentieth is lost between blocks of memory."""
+        return self.total < 0.95 * free
+
     def __str__(self) -> str:
         parts = (self.weights, self.cache, self.activations + self.runtime)
         weights, cache, rest = (f"{part / 1e9:.2f}" for part in parts)
@@ -66,7 +70,7 @@ def what_fits(
     """What of the same model would fit into `free` bytes a GPU, as settings to write."""
 
     def fits(ranks: int, batch: int) -> bool:
-        return needed(config, family, ranks, batch, prompt_length, cache_length, dtype).total < free
+        return needed(config, family, ranks, batch, prompt_length, cache_length, dtype).fits(free)
 
     batches = [batch_size >> halvings for halvings in range(1, batch_size.bit_length())]
     found = [f"latency.batch_size={batch}" for batch in batches if fits(tp_size, batch)][:1]
@@ -84,8 +88,8 @@ def check_memory(rank: int, tp_size: int, device: torch.device, free: int, **sha
     `shape` is what `needed` takes beside tp_size.
     """
     asked = needed(tp_size=tp_size, **shape)
-    if asked.total > free:
+    if not asked.fits(free):
         raise UserError(
-            f"rank {rank} of {tp_size} needs {asked} and {device} has {free / 1e9:.2f} GB free: "
-            f"{what_fits(free, tp_size=tp_size, **shape)}."
+            f"rank {rank} of {tp_size} needs {asked} and {device} has {free / 1e9:.2f} GB free, "
+            f"of which a twentieth is kept: {what_fits(free, tp_size=tp_size, **shape)}."
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from spd.checkpoint import Checkpoint
 from spd.families import Family
 from spd.gpu import graphs
-from spd.gpu.all_reduce import AllReduce
+from spd.gpu.all_reduce import AllReduce, slowest
 from spd.gpu.halves import Halves, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
@@ -34,6 +35,10 @@ class Arm:
     """False leaves out the one after attention in all blocks: faster than any plan, and not a model one can use."""
     mlp_all_reduce: bool = True
     """False leaves out the other one as well."""
+
+    def all_reduces(self, blocks: int) -> int:
+        """How many a forward of so many blocks has."""
+        return (blocks - len(self.dropped)) * self.attention_all_reduce + blocks * self.mlp_all_reduce
 
 
 class RandomLayer:
@@ -287,4 +292,7 @@ class GraphModel:
             graphs.warm_up(run, self.device)
             replay = graphs.capture(run, self.device)
             taken[fused] = min(events_ms(replay, 1) for _ in range(9))
+        if dist.is_initialized():  # all ranks take the one that is quicker on the slowest
+            both = slowest(torch.tensor([taken[True], taken[False]], dtype=torch.float64), self.device)
+            taken = {True: float(both[0]), False: float(both[1])}
         return taken[True] <= taken[False]

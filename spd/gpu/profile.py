@@ -1,9 +1,12 @@
 """Where the time of a forward goes, from its kernels: the share of communication, and one block's timeline."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
+_MARK = "roll_cuda"
+"""In the name of the kernel of torch.roll, which no forward has."""
 
 
 class Kernel(NamedTuple):
@@ -19,28 +22,45 @@ class Kernel(NamedTuple):
         return self.name.startswith("nccl") or "shot_all_reduce" in self.name
 
 
-def kernels_of(run: Callable[[], object]) -> list[Kernel]:
-    """The kernels of `run()` in the order they began, microseconds from the first one on; [] where none is traced.
+def kernels_of(runs: Mapping[str, Callable[[], object]], before: Callable[[], None]) -> dict[str, list[Kernel]]:
+    """The kernels of each run in the order they began, microseconds from its first one on; [] where none are traced.
 
-    It is run twice and the second one is told of: in the first, ranks whose tracing began earlier wait for the others.
+    `before` is called before each, to let all ranks go together.
     """
     if not torch.cuda.is_available():
-        return []
+        return {name: [] for name in runs}
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    beads = torch.zeros(2, device="cuda")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        run()
-        run()
+        before()
+        next(iter(runs.values()))()  # a trace can lose what it begins with
+        for run in runs.values():
+            before()
+            beads.roll(1, 0)
+            run()
+            beads.roll(1, 0)
         torch.cuda.synchronize()
     found = [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start
     ]
-    found.sort(key=lambda kernel: kernel.start_us)
-    found = found[len(found) // 2 :]
-    first = found[0].start_us if found else 0.0
-    return [Kernel(name, start - first, end - first) for name, start, end in found]
+    return dict(zip(runs, between_marks(found, len(runs)), strict=True))
+
+
+def between_marks(kernels: list[Kernel], runs: int) -> list[list[Kernel]]:
+    """The kernels of so many runs, each of which has a mark before and after it; [] for all where marks are lost."""
+    kernels = sorted(kernels, key=lambda kernel: kernel.start_us)
+    marks = [place for place, kernel in enumerate(kernels) if _MARK in kernel.name]
+    if len(marks) != 2 * runs:
+        return [[] for _ in range(runs)]
+    found = []
+    for before, after in zip(marks[::2], marks[1::2], strict=True):
+        part = kernels[before + 1 : after]
+        first = part[0].start_us if part else 0.0
+        found.append([Kernel(name, start - first, end - first) for name, start, end in part])
+    return found
 
 
 def communication(kernels: list[Kernel]) -> dict[str, float] | None:

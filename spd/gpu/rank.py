@@ -1,6 +1,5 @@
 """One rank of one launch of `latency=gpu`: builds its part of the model, captures every arm, times them in turns."""
 
-import gc
 import os
 import time
 from collections.abc import Callable
@@ -91,23 +90,25 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
         bench, found, done = Bench(model, arms, rates, chosen, settings), [], 0
         rounds = sum(shape.repeats for shape in shapes)
         for place, shape in enumerate(shapes):
-            if place:
-                torch.cuda.empty_cache()  # the graphs of the shape before are gone
-                model.resize(*sized[place])
 
             def told(repeat: int, before: int = done) -> None:
                 on_progress(before + repeat, rounds)
 
+            _resize(bench, sized[place])
             found.append({"seconds": {"build": build_s}, "link": link} | _measure(bench, shape, told))
             done += shape.repeats
-        gc.collect()  # NCCL waits for graphs that hold its kernels
-        synchronise(device)
+        # Of graphs captured anew, after all that is timed: what has been traced once can be slower afterwards.
+        for place, shape in enumerate(shapes):
+            found[place] |= {"communication": None, "timeline": None}
+            if settings["profile"]:
+                _resize(bench, sized[place])
+                found[place] |= _profiles(bench, shape)
         return {"shapes": found}
     except torch.OutOfMemoryError as error:
         total = torch.cuda.mem_get_info(device)[1]
         raise UserError(
             f"rank {rank} of {tp_size} ran out of memory on {device}, {total / 1e9:.1f} GB in all: "
-            f"{str(error).split('. ')[0]}. {what_fits(int(0.9 * total), **of(place))}."
+            f"{str(error).split('. ')[0]}. {what_fits(total, **of(place))}."
         ) from error
 
 
@@ -134,6 +135,15 @@ def _messages(shape: Shape, hidden_size: int) -> dict[str, int]:
     return {metric: shape.batch_size * tokens[metric] * hidden_size for metric in shape.metrics}
 
 
+def _resize(bench: Bench, size: tuple[int, int, int]) -> None:
+    """The model takes another batch size, prompt length and cache length, and a prompt of the launch's seed."""
+    model = bench.model
+    torch.cuda.empty_cache()  # the graphs of the shape before are gone
+    model.resize(*size)
+    random = torch.Generator(model.device).manual_seed(bench.settings["seed"])
+    model.prompt.random_(0, len(model.embedding), generator=random)
+
+
 def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[str, Any]:
     """One shape's part of the result."""
     model, arms, settings = bench.model, bench.arms, bench.settings
@@ -141,20 +151,8 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    model.prompt.random_(0, len(model.embedding), generator=torch.Generator(device).manual_seed(settings["seed"]))
-    began, pool = time.perf_counter(), graphs.shared_pool(device)
-    phases, names = shape.phases, list(arms)
-    replays = {
-        (phase, name): model.capture(
-            arm,
-            decode=phase.startswith("tpot"),
-            reach=shape.reach(new_tokens),
-            blocks_alone=phase not in shape.metrics,
-            pool=pool,
-        )
-        for phase in phases
-        for name, arm in arms.items()
-    }
+    began, phases, names = time.perf_counter(), shape.phases, list(arms)
+    replays = _captured(bench, shape, phases)
     captured_s = round(time.perf_counter() - began, 1)
 
     def timed(name: str) -> list[float]:
@@ -199,13 +197,33 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             }
             for metric, number in messages.items()
         },
-        **(_profiles(bench, shape, replays) if settings["profile"] else {"communication": None, "timeline": None}),
+    }
+
+
+def _captured(bench: Bench, shape: Shape, phases: tuple[str, ...]) -> dict[tuple[str, str], Callable[[], object]]:
+    """A graph for every phase of every arm; they share their memory, as one runs at a time."""
+    pool = graphs.shared_pool(bench.model.device)
+    return {
+        (phase, name): bench.model.capture(
+            arm,
+            decode=phase.startswith("tpot"),
+            reach=shape.reach(bench.settings["new_tokens"]),
+            blocks_alone=phase not in shape.metrics,
+            pool=pool,
+        )
+        for phase in phases
+        for name, arm in bench.arms.items()
     }
 
 
 def meet(device: torch.device) -> None:
-    """On the GPUs, not the CPUs: what follows on each GPU's stream begins within microseconds of the others."""
+    """On the GPUs, not the CPUs: what follows on each GPU's stream begins within microseconds of the others.
+
+    The GPUs wait a moment first, so that it is in their queues by then: a launch from the CPU, which an engine hides,
+    is in no time that is reported.
+    """
     if dist.get_backend() == "nccl":
+        torch.cuda._sleep(10**6)  # cycles: half a millisecond
         dist.all_reduce(torch.zeros(1, device=device))
     else:
         synchronise(device)
@@ -216,25 +234,30 @@ def _floor_ms(bench: Bench, arm: Arm, decode_at: int | None, message: int) -> fl
     """Weights, and keys and values up to `decode_at`, over measured bandwidth, or matrix products over the measured
     rate; and every all-reduce, of `message` numbers, at its measured latency. `decode_at` is None for prefill."""
     model = bench.model
-    undropped = model.num_blocks - len(arm.dropped)
-    sums = undropped * arm.attention_all_reduce + model.num_blocks * arm.mlp_all_reduce
+    sums = arm.all_reduces(model.num_blocks)
     chosen = bench.all_reduce.get(message)
     reduce_us = chosen["us"][chosen["kind"]] if chosen else 0.0
     return bench.rates.floor_ms(*model.work(decode_at)) + sums * reduce_us / 1e3
 
 
-def _profiles(
-    bench: Bench, shape: Shape, replays: dict[tuple[str, str], Callable[[], object]]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each forward of each arm, the share of communication; of a block in the middle, its timeline."""
+def _profiles(bench: Bench, shape: Shape) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each forward of each arm, the share of communication; of a block in the middle, its timeline. None and []
+    where the trace has lost an all-reduce."""
     model = bench.model
     shares: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
     timeline: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
+    replays = _captured(bench, shape, shape.metrics)
+
+    def before() -> None:
+        model.position.fill_(shape.decode_at or 0)
+        meet(model.device)
+
     for metric in shape.metrics:
+        found = kernels_of({name: replays[metric, name] for name in bench.arms}, before)
         for name, arm in bench.arms.items():
-            model.position.fill_(shape.decode_at or 0)
-            meet(model.device)
-            kernels = kernels_of(replays[metric, name])
+            sums = arm.all_reduces(model.num_blocks) if bench.settings["tp_size"] > 1 else 0
+            traced = sum(kernel.communicates for kernel in found[name]) == sums
+            kernels = found[name] if traced else []
             shares[metric][name] = communication(kernels)
             if arm.attention_all_reduce and arm.mlp_all_reduce and len(arm.dropped) in (0, model.num_blocks):
                 timeline[metric][name] = block_timeline(kernels, model.num_blocks // 2, arm.dropped)
