@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.gpu_latency import probe
 from experiments.gpu_latency.draw import CEILING, draw_speedups, draw_timelines, kind_of
 from experiments.gpu_latency.measure import arms_of, column
 
@@ -51,6 +52,50 @@ def test_blocks_are_drawn_kernel_by_kernel(tmp_path: Path) -> None:
     sessions = [of | {"decode_at": 256, "timeline": [{"ttft_ms": invented_timeline(), "tpot_ms": invented_timeline()}]}]
     draw_timelines(json.loads(json.dumps(sessions)), tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 15_000
+
+
+def invented_all_reduces() -> pd.DataFrame:
+    """Rows as of two and four GPUs: a time that does not depend on the size, and a bandwidth."""
+    of = {("native", "nccl"): (9, 200), ("native", "one_shot"): (7, 120), ("lbw", "nccl"): (14, 28)}
+    return pd.DataFrame([
+        {"tp_size": ranks, "interconnect": link, "kind": kind, "bytes": size, "launch": launch,
+         "us": (least + size / rate / 1e3) * (1 + launch / 50) * ranks / 2}
+        for ranks in (2, 4)
+        for (link, kind), (least, rate) in of.items()
+        for size in probe.BYTES
+        if size < 2**25 or kind == "nccl"
+        for launch in range(3)
+    ])  # fmt: skip
+
+
+def test_all_reduces_are_drawn_and_shown_by_size_kind_and_interconnect(tmp_path: Path) -> None:
+    rows = invented_all_reduces()
+    probe.draw(rows, tmp_path / "all_reduce.png")
+    assert (tmp_path / "all_reduce.png").stat().st_size > 20_000
+    shown = probe.table(rows).splitlines()
+    assert shown[0] == "| tp | message | native nccl | native one_shot | lbw nccl |"
+    assert shown[2] == "| 2 | 8 KiB | 9.2 | 7.2 | 14.6 |"
+    assert shown[-1].startswith("| 4 | 262144 KiB | ")
+    assert "|  |" in shown[-1]  # symmetric memory is not tried there
+    assert len(shown) == 2 + 2 * len(probe.BYTES)
+
+
+def test_ranks_probe_their_all_reduce_and_rows_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "here", lambda: {"gpu": "none"})
+    sizes = [2**10, 2**13]
+    for arguments in (["--launches", "2"], ["--launches", "1"], ["--launches", "1", "--interconnects", "lbw"]):
+        command = [str(tmp_path), *(["--interconnects", "native"] if len(arguments) == 2 else []), *arguments]
+        probe.main(command, devices=["cpu", "cpu"], sizes=sizes)
+    rows = pd.read_csv(tmp_path / "all_reduce.csv")
+    assert sorted(zip(rows["interconnect"], rows["launch"], rows["bytes"], strict=True)) == [
+        *(("lbw", 0, size) for size in sizes),
+        *(("native", launch, size) for launch in (0, 1) for size in sizes),
+    ]
+    assert (rows["us"] > 0).all()
+    assert rows["bandwidth_gb_per_s"].to_numpy() == pytest.approx(
+        (rows["bytes"] / rows["us"] / 1e3).to_numpy(), abs=1e-3
+    )
+    assert set(rows["gpu"]) == {"none"}
 
 
 @pytest.mark.parametrize(
