@@ -17,8 +17,8 @@ MODELS = {"llama2_7b": 32, "llama2_70b": 80, "opt_66b": 64}
 def invented_rows() -> pd.DataFrame:
     rows = []
     phases = [("ttft_ms", 1, 128, 256), ("ttft_ms", 1, 2048, None), ("tpot_ms", 1, 128, 256)]
-    for (model, blocks), (link, most), phase in itertools.product(
-        MODELS.items(), {"native": 8, "lbw": 25}.items(), phases
+    for tp_size, (model, blocks), (link, most), phase in itertools.product(
+        (2, 4), MODELS.items(), {"native": 8, "lbw": 25}.items(), phases
     ):
         of = dict(zip(("metric", "batch_size", "prompt_length", "decode_at"), phase, strict=True))
         for arm in [*arms_of(blocks), CEILING]:
@@ -26,7 +26,9 @@ def invented_rows() -> pd.DataFrame:
             saved = (most if drop is None else 0.97 * most * drop) - blocks / 80
             spread = {"low": saved - 0.4, "median": saved, "high": saved + 0.6}
             numbers = {f"speedup_percent_{name}": value for name, value in spread.items()}
-            rows.append({"model": model, "interconnect": link, "arm": arm, "drop": drop, **of, **numbers})
+            rows.append(
+                {"model": model, "tp_size": tp_size, "interconnect": link, "arm": arm, "drop": drop, **of, **numbers}
+            )
     return pd.DataFrame(rows)
 
 

@@ -23,26 +23,27 @@ KINDS = {"all-reduce": COLOURS[1], "matrix product": COLOURS[0], "attention": CO
 
 
 def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
-    """A column a phase, a row an interconnect; lines are models, each with its ceiling, dashed."""
+    """A column a phase, a row a tp size and interconnect; lines are models, each with its ceiling, dashed."""
     rows = rows.fillna({"decode_at": 0})
     phases = rows[["metric", "batch_size", "prompt_length", "decode_at"]].drop_duplicates()
-    links, models = list(rows["interconnect"].unique()), list(rows["model"].unique())
+    links = list(rows[["tp_size", "interconnect"]].drop_duplicates().itertuples(index=False, name=None))
+    models = list(rows["model"].unique())
     figure = Figure(figsize=(2.9 * len(phases), 2.7 * len(links) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(links), len(phases), squeeze=False, sharex=True, sharey="row")
     for column, phase in enumerate(phases.itertuples(index=False)):
         of_phase = rows.merge(pd.DataFrame([phase]))
-        for row, link in enumerate(links):
-            axes = panels[row, column]
+        for row, (tp_size, link) in enumerate(links):
+            axes, of_row = panels[row, column], (of_phase["tp_size"] == tp_size) & (of_phase["interconnect"] == link)
             for k, model in enumerate(models):
-                _line(axes, of_phase[(of_phase["interconnect"] == link) & (of_phase["model"] == model)], model, k)
+                _line(axes, of_phase[of_row & (of_phase["model"] == model)], model, k)
             axes.axhline(0, color="#555555", linewidth=0.8)
             axes.grid(color="#e5e5e5")
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 axes.set_title(_phase(phase), fontsize=10)
             if column == 0:
-                axes.set_ylabel(f"{link}: saved, %")
+                axes.set_ylabel(f"tp {tp_size}, {link}: saved, %")
             if row == len(links) - 1:
                 axes.set_xlabel("blocks dropped, %")
     handles, labels = panels[0, 0].get_legend_handles_labels()
