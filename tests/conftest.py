@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from spd.config import RunConfig, Tracker
 
 torch.set_num_threads(1)  # the models here are too small to gain from more, and ranks share the cores
+# Else what the tests start and stop would ignore it too where they run as a shell's background job.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = [f"word{i}" for i in range(60)]
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=64)
