@@ -24,13 +24,17 @@ class Answers:
         versions: gives task -> version, once the tasks are loaded; by default there are none in the key.
 
     Raises:
-        UserError: the folder is a file.
+        UserError: the folder is a file, or cannot be made.
     """
 
     def __init__(self, folder: str | Path, versions: Callable[[], dict[str, Any]] = dict) -> None:
         self.folder, self.versions = Path(folder), versions
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"answers={folder} is a file; give a folder, which may be new.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"answers={folder} cannot be made ({error.strerror}); give another folder.") from error
         self._file: Path | None = None
 
     def open(self, model: TensorParallelLM, **reading: Any) -> None:
@@ -69,7 +73,6 @@ class Answers:
             return
         self._known |= fresh
         lines = [json.dumps({"request": key, "answer": value}) + "\n" for key, value in fresh.items()]
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:  # of several writers, each adds whole lines
             file.write(("" if self._whole else "\n") + "".join(lines))
         self._whole = True

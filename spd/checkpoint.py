@@ -177,10 +177,13 @@ def read_architecture(fields: dict[str, Any]) -> PretrainedConfig:
         raise UserError(f"model.architecture is no {model_type} config ({type(error).__name__}: {first}).") from error
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, without running code from it; UserError when its files are no tokenizer."""
+def read_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, without running code from it; UserError when its files are no tokenizer.
+
+    `options` are transformers' own (add_bos_token).
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UserError(f"The tokenizer in {folder} cannot be used: {error}") from error
 

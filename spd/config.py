@@ -249,8 +249,8 @@ class EvalConfig:
     limit: int | None = None
     """Items per task, the first ones; null takes all (default)."""
     batch_size: int | str = 32
-    """Items per forward; auto takes the most that fit in memory. 32 keeps a CPU busy; scores do not depend on it beyond
-    rounding."""
+    """Items per forward; auto takes the most, up to 64, that fit in a GPU's memory (a CPU, which does not tell, takes
+    64). 32 keeps a CPU busy; scores do not depend on it beyond rounding."""
 
     def check(self) -> None:
         size = self.batch_size

@@ -8,8 +8,11 @@ lock-step.
 Legend: B batch, T tokens, V vocabulary.
 """
 
+import copy
 import difflib
 import inspect
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
+from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from spd.answers import Answers
+from spd.checkpoint import read_tokenizer
 from spd.errors import UserError
 from spd.launch import Progress
 from spd.loading import load
@@ -71,7 +77,12 @@ class SpdLM(HFLM):
         on_progress: Progress | None = None,
         **unknown: Any,
     ) -> None:
-        _check_arguments(unknown, pretrained=pretrained, tp_size=tp_size, answers=answers)
+        of_folder = {"tp_size": tp_size, "plan": plan, "dtype": dtype, "device": device}
+        whole_numbers = {"tp_size": tp_size, "max_batch_size": max_batch_size, "max_length": max_length}
+        _check_arguments(
+            unknown, pretrained, of_folder, whole_numbers, batch_size=batch_size, add_bos_token=add_bos_token,
+            prefix_token_id=prefix_token_id, answers=answers, ranks=ranks,
+        )  # fmt: skip
         kept = answers if answers is None or isinstance(answers, Answers) else Answers(answers)
         if isinstance(pretrained, TensorParallelLM):
             model = pretrained
@@ -85,18 +96,18 @@ class SpdLM(HFLM):
             if str(device).startswith("cuda") and not torch.cuda.is_available():
                 device = None  # what lm-eval's command says where nothing was asked for
             assert pretrained is not None
-            size = tp_size or (given.tp_size if given else None)
+            size = given.tp_size if tp_size is None and given else tp_size
             model = load(pretrained, size, ranks, None if dtype == "auto" else dtype, device)
             if given:
                 apply(model, given)
         self.virtual = isinstance(model.ranks, VirtualRanks)
-        if not self.virtual and str(batch_size).startswith("auto"):
-            raise UserError(
-                "batch_size=auto is found by each rank for itself, and real ranks must agree; give a number."
-            )
+        if not self.virtual:
+            _check_agreed(batch_size)
+        # lm-eval may give it a padding token, and the model's own is the user's.
+        own = copy.deepcopy(model.tokenizer)
         super().__init__(
             pretrained=model.hf,
-            tokenizer=model.tokenizer,
+            tokenizer=own if add_bos_token is None else read_tokenizer(model.folder, add_bos_token=add_bos_token),
             batch_size=batch_size,
             max_batch_size=max_batch_size,
             max_length=max_length,
@@ -114,10 +125,11 @@ class SpdLM(HFLM):
         }
         self.cache_hook = self
         self._done = self._total = 0
+        self._one_bar = False  # whether lm-eval is not to show one for each call
 
     def add_partial(self, method: str, args: Any, answer: Any) -> None:
         """Takes an answer as soon as it is there: this model stands where lm-eval's request cache would."""
-        if self.answers is not None and 0 in self.tensor_parallel.ranks.local:
+        if self.answers is not None and self._first:
             self.answers.add(method, args, answer)
         self._done += 1
         if self.on_progress:
@@ -127,20 +139,51 @@ class SpdLM(HFLM):
         """Refuses lm-eval's request cache, which does not know of plans and differs between ranks."""
         raise UserError("--use_cache would serve another plan's answers; write answers=<folder> in --model_args.")
 
+    @property
+    def _first(self) -> bool:
+        return 0 in self.tensor_parallel.ranks.local
+
+    def _quiet(self, disable_tqdm: bool) -> bool:
+        return disable_tqdm or self.on_progress is not None or self._one_bar or not self._first
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        quiet = disable_tqdm or self.on_progress is not None
+        quiet = self._quiet(disable_tqdm)
         return self._answer(requests, lambda rest: super(SpdLM, self).loglikelihood(rest, disable_tqdm=quiet))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        def one_by_one(rest: list[Instance]) -> list[float]:
-            # lm-eval tells of these answers only when it has all that it was asked for.
-            one = super(SpdLM, self).loglikelihood_rolling
-            return [one([request], disable_tqdm=True)[0] for request in rest]
+        bar = tqdm(desc="Running loglikelihood_rolling requests", disable=self._quiet(disable_tqdm))
 
-        return self._answer(requests, one_by_one)
+        def by_batches(rest: list[Instance]) -> list[float]:
+            # lm-eval tells of these answers only when it has all that it was asked for; so it is asked for a batch of
+            # texts, of about a length, at a time.
+            before: int | str = self.batch_size
+            found = [0.0] * len(rest)
+            size = self._detect_batch_size() if before == "auto" else int(before)
+            order = sorted(range(len(rest)), key=lambda i: -len(rest[i].args[0]))
+            bar.reset(len(rest))
+            self.batch_size_per_gpu, self._one_bar = size, True
+            try:
+                for start in range(0, len(rest), size):
+                    batch = order[start : start + size]
+                    answers = super(SpdLM, self).loglikelihood_rolling([rest[i] for i in batch], disable_tqdm=True)
+                    for i, answer in zip(batch, answers, strict=True):
+                        found[i] = answer
+                    bar.update(len(batch))
+            finally:
+                self.batch_size_per_gpu, self._one_bar = before, False
+            return found
+
+        with bar:
+            return self._answer(requests, by_batches)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        quiet = disable_tqdm or self.on_progress is not None
+        quiet = self._quiet(disable_tqdm)
+        longest = max((normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests), default=0)
+        if longest >= self.max_length:
+            raise UserError(
+                f"Up to {longest} tokens are to be generated, and the model takes {self.max_length}, prompt included; "
+                "ask for fewer (max_gen_toks), or take a model with a longer context."
+            )
         return self._answer(requests, lambda rest: super(SpdLM, self).generate_until(rest, disable_tqdm=quiet))
 
     def _answer(self, requests: list[Instance], compute: Callable[[list[Instance]], Sequence[Any]]) -> list[Any]:
@@ -148,7 +191,7 @@ class SpdLM(HFLM):
         known: list[Any] = [None] * len(requests)
         if self.answers is not None:
             # Rank 0 knows what was answered: the ranks must not differ in what they compute.
-            if 0 in self.tensor_parallel.ranks.local:
+            if self._first:
                 self.answers.open(self.tensor_parallel, **self._reading)
                 known = [self.answers.find(request) for request in requests]
             known = self.tensor_parallel.ranks.of_first(known)
@@ -167,7 +210,7 @@ class SpdLM(HFLM):
                 f"A continuation to be scored has {longest} tokens and the model takes {self.max_length}; lm-eval cuts "
                 "what comes before it, never the continuation itself."
             )
-        return super()._loglikelihood_tokens(requests, disable_tqdm or self.on_progress is not None, override_bs)
+        return super()._loglikelihood_tokens(requests, self._quiet(disable_tqdm), override_bs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of right-padded ids [B, T]; attention is causal, so padding changes nothing before it."""
@@ -181,16 +224,47 @@ class SpdLM(HFLM):
         return super()._model_generate(context, max_length, stop, **options)
 
 
-def _check_arguments(unknown: dict[str, Any], **given: Any) -> None:
-    """Raises UserError for model arguments that lm-eval's command took and the model does not."""
+def _check_arguments(
+    unknown: dict[str, Any], pretrained: Any, of_folder: dict[str, Any], whole_numbers: dict[str, Any], **given: Any
+) -> None:
+    """Raises UserError for model arguments that cannot be, before a model is loaded; lm-eval's command takes any."""
     known = [name for name in inspect.signature(SpdLM.__init__).parameters if name not in ("self", "unknown")]
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}."
         raise UserError(f"The model spd takes no {name}; {hint}")
-    if given["pretrained"] is None:
+    if pretrained is None:
         raise UserError("The model spd needs pretrained=<folder or hub id>.")
-    if not isinstance(given["tp_size"], int | None):
-        raise UserError(f"tp_size={given['tp_size']} is no number of ranks; give 1 or more (1, 2, 4, 8).")
-    if not isinstance(given["answers"], Answers | str | Path | None):
-        raise UserError(f"answers={given['answers']} is no folder; give its path, ./{given['answers']} for instance.")
+    for name, value in whole_numbers.items():
+        if value is not None and not _is_whole(value, least=1):
+            raise UserError(f"{name}={value} is not possible; give 1 or more (1, 2, 4, 8).")
+    if not (_is_whole(size := given["batch_size"], least=1) or re.fullmatch(r"auto(:\d+)?|[1-9]\d*", str(size))):
+        raise UserError(f"batch_size={size} is not possible; give 1 or more, or auto.")
+    if not isinstance(given["add_bos_token"], bool | None):
+        raise UserError(f"add_bos_token={given['add_bos_token']} is not possible; give True or False.")
+    if given["prefix_token_id"] is not None and not _is_whole(given["prefix_token_id"], least=0):
+        raise UserError(f"prefix_token_id={given['prefix_token_id']} is no id of a token; give 0 or more.")
+    for name, value, kinds in (
+        ("answers", given["answers"], Answers | str | Path | None),
+        ("pretrained", pretrained, TensorParallelLM | str | Path),
+    ):
+        if not isinstance(value, kinds):
+            raise UserError(f"{name}={value} is no folder; give its path, ./{value} for instance.")
+    if isinstance(pretrained, TensorParallelLM):
+        if beside := [name for name, value in of_folder.items() if value is not None]:
+            raise UserError(f"{' and '.join(beside)} cannot be given beside a model, which has its own.")
+    elif given["ranks"] == "processes":
+        _check_agreed(size)
+    elif (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"Each of {processes} processes would evaluate the whole model; write ranks=processes, or start one alone."
+        )
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_agreed(batch_size: int | str) -> None:
+    if str(batch_size).startswith("auto"):
+        raise UserError("batch_size=auto is found by each rank for itself, and real ranks must agree; give a number.")

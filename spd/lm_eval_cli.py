@@ -1,10 +1,13 @@
 """lm-eval's own command with one model more: `lm_eval --model spd`, `torchrun ... -m spd.lm_eval_cli --model spd`."""
 
+import argparse
 import os
 import sys
 
-from lm_eval.__main__ import cli_evaluate
+import lm_eval.models  # noqa: F401  registers lm-eval's own, which it does only while it knows of none
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import model_registry
+from lm_eval.utils import setup_logging
 
 from spd.errors import UserError
 from spd.launch import end_rank
@@ -14,12 +17,32 @@ def main() -> None:
     """Runs lm-eval's command line."""
     if "spd" not in model_registry:  # spd.harness, where it was imported, has registered it
         model_registry.register("spd", target="spd.harness:SpdLM")  # imported when asked for
+    setup_logging()
+    command = HarnessCLI()
+    asked = command.parse_args()
     try:
-        cli_evaluate()
+        if getattr(asked, "model", None) == "spd":
+            _look_at_tasks(asked)
+        command.execute(asked)
     except UserError as error:
         sys.exit(f"spd: {error}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_rank()
+
+
+def _look_at_tasks(asked: argparse.Namespace) -> None:
+    """Raises UserError for tasks that do not exist or whose data are missing, which lm-eval finds out with a model
+    loaded."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    from spd.tasks import load_for_command
+
+    config = EvaluatorConfig.from_cli(asked)
+    try:
+        manager = config.process_tasks(config.metadata)
+    except ValueError as error:  # lm-eval's, of names
+        raise UserError(f"{error}; lm_eval ls tasks shows all.") from error
+    load_for_command(manager, config.tasks)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def find_device(device: str | torch.device | None, ranks: str) -> torch.device:
         device = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device={device!r} is not known; write cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device='{device}' cannot be used; write cpu, cuda or cuda:1.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device='cuda' but torch sees no GPU here; write device='cpu'.")

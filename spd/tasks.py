@@ -21,6 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from spd.errors import UserError
 from spd.hub import is_hub_name, locate, remedy
+from spd.results import digest
 
 MAIN_METRICS = ("acc", "exact_match", "rougeL", "rouge_score", "score")
 """The metric that stands for a task, the first of these it reports; a task's other metrics are kept beside it."""
@@ -32,9 +33,13 @@ _LONGBENCH = {"rouge", "jieba", "fuzzywuzzy"}
 class _Factory(TaskFactory):
     """lm-eval's factory, with data sets looked for under data_root, and what is missing said in one sentence."""
 
-    def __init__(self, data_root: Path | None) -> None:
-        super().__init__()
-        self.data_root = data_root
+    def __init__(
+        self, data_root: Path | None, setting: str | None = _SETTING, meta: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(meta=meta)
+        self.data_root, self.setting = data_root, setting
+        self.caches: set[str] = set()
+        """Those of the folders that data sets were found in."""
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
@@ -48,6 +53,7 @@ class _Factory(TaskFactory):
             where = locate(config["dataset_path"], self.data_root, _SETTING)
             config = config | {"dataset_path": where.pop("path")}
             if where:
+                self.caches.add(where["cache_dir"])
                 config["dataset_kwargs"] = where | (config.get("dataset_kwargs") or {})
         members = config.get("task")
         if isinstance(members, list):  # of a group, which may define tasks in place
@@ -66,9 +72,9 @@ class _Factory(TaskFactory):
                 raise UserError(f"The task {entry.name} {_missing_package(error)}") from error
             named = {**(load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}), **(overrides or {})}
             name, config = named.get("dataset_path"), named.get("dataset_name")
-            if isinstance(name, str) and is_hub_name(name):
+            if isinstance(name, str) and is_hub_name(name, self.data_root):
                 which = f"The task {entry.name}{f' ({config})' if config else ''}"
-                raise UserError(f"{which}: {remedy(name, self.data_root, _SETTING, error)}") from error
+                raise UserError(f"{which}: {remedy(name, self.data_root, self.setting, error)}") from error
             raise UserError(f"The task {entry.name} cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
@@ -156,6 +162,23 @@ def _check_yaml(folder: str | Path | None) -> None:
             load_yaml(file, resolve_func=False)
         except Exception as error:
             raise UserError(f"{file} is no YAML: {error}") from error
+
+
+def load_for_command(manager: TaskManager, tasks: Sequence[Any]) -> None:
+    """Loads the tasks of lm-eval's own command once before it does, so that what is missing is told before a model is
+    loaded; what it then reads of folders here is no longer what `datasets` has cached of others.
+
+    Raises:
+        UserError: a task's data or Python packages are missing; says what to do.
+    """
+    import datasets
+
+    manager = copy.copy(manager)
+    manager._factory = factory = _Factory(None, setting=None, meta=manager._factory._meta)
+    manager.load(list(tasks))
+    if factory.caches:
+        root = Path(datasets.config.HF_DATASETS_CACHE)
+        datasets.config.HF_DATASETS_CACHE = root / f"folders-{digest(sorted(factory.caches))}"
 
 
 class Asked(NamedTuple):

@@ -127,6 +127,17 @@ def test_virtual_ranks_answer_as_lm_evals_own_model(
     check(answers(ours, asked), expected)
 
 
+@pytest.mark.parametrize("add_bos_token", [True, False])
+@pytest.mark.parametrize("name", ["llama with BOS", "llama without BOS"])
+def test_a_bos_is_added_or_left_out_as_by_lm_evals_own_model(
+    folders: dict[str, Path], asked: Asked, name: str, add_bos_token: bool
+) -> None:
+    some = asked[:: len(asked) // 60] + [one for one in asked if one[0] != "loglikelihood"]
+    options: dict[str, Any] = {"add_bos_token": add_bos_token, "batch_size": 4}
+    own = HFLM(pretrained=str(folders[name]), device="cpu", dtype="float32", **options)
+    check(answers(SpdLM(spd.load(folders[name], tp_size=2), **options), some), answers(own, some))
+
+
 def test_two_processes_answer_as_lm_evals_own_model(folders: dict[str, Path], asked: Asked) -> None:
     chosen = ("llama with BOS", "opt without BOS", "qwen2 of bytes")
     arguments = {"folders": {name: str(folders[name]) for name in chosen}, "asked": asked}

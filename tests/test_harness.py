@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import WORDS
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from rank_checks import answers
+from torch import Tensor
 
 import spd
 from spd.evaluation import evaluate
@@ -58,6 +61,31 @@ def test_lm_evals_command_knows_it(tiny_llama: Path, tasks: Path, tmp_path: Path
     assert written(tmp_path / "out")["toy_last"]["perplexity,none"] == pytest.approx(expected["perplexity"], rel=1e-4)
 
 
+def test_lm_evals_command_still_knows_its_own_models(tasks: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "lm_eval"), "--model", "dummy", "--include_path", str(tasks)]
+    done = subprocess.run(
+        [*command, "--tasks", "toy_choice", "--output_path", str(tmp_path)], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert "acc,none" in written(tmp_path)["toy_choice"]
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("sciq", "The task sciq: the data set allenai/sciq could not be had .* start where a folder holds it"),
+        ("toy_lst", "Tasks not found: toy_lst; lm_eval ls tasks shows all"),
+    ],
+)
+def test_lm_evals_command_tells_what_is_missing_before_a_model_is_loaded(
+    tasks: Path, tmp_path: Path, task: str, said: str
+) -> None:
+    command = [sys.executable, "-m", "spd.lm_eval_cli", "--include_path", str(tasks), "--tasks", task]
+    done = run_lm_eval(*command, pretrained=tmp_path / "no_model")
+    assert done.returncode == 1
+    assert re.match(f"spd: {said}", done.stderr.splitlines()[-1]), done.stderr
+
+
 def test_lm_evals_command_under_torchrun_is_one_evaluation(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "spd.lm_eval_cli", "--include_path", str(tasks), "--tasks", "toy_last"]
@@ -96,8 +124,7 @@ def test_real_ranks_score_in_lock_step_as_virtual_ones(tiny_opt: Path, tasks: Pa
             ours, theirs = scores[0]["tasks"][task]["metrics"], expected["tasks"][task]["metrics"]
             assert ours == pytest.approx(theirs, rel=1e-3), (task, again)
         # Rank 0 alone keeps answers; what it has, no rank computes again.
-        (folder,) = (tmp_path / "answers").iterdir()
-        assert folder.name == "0"
+        assert [sorted((tmp_path / "answers" / rank).iterdir()) != [] for rank in "01"] == [True, False]
 
 
 def test_a_rank_that_sees_other_numbers_generates_what_rank_0_does(tiny_opt: Path) -> None:
@@ -111,14 +138,28 @@ def test_a_rank_that_sees_other_numbers_generates_what_rank_0_does(tiny_opt: Pat
     assert found == [expected, expected]
 
 
-def test_whole_texts_are_scored_as_by_lm_evals_own_model_and_one_by_one(tiny_llama: Path, tmp_path: Path) -> None:
-    texts = [" ".join(WORDS[i : i + 40] * 4) for i in range(5)]  # longer than the context
+@pytest.mark.parametrize("batch_size", [1, 2, "auto"])
+def test_whole_texts_are_scored_as_by_lm_evals_own_model_and_kept_by_batches(
+    tiny_llama: Path, tmp_path: Path, batch_size: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(WORDS[i : i + 40] * times) for i, times in enumerate((4, 1, 3, 1, 2))]  # some do not fit
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0, ("text", i, 1)) for i, text in enumerate(texts)]
     own = HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32").loglikelihood_rolling(requests)
     seen: list[tuple[int, int]] = []
-    ours = SpdLM(spd.load(tiny_llama, tp_size=2), batch_size=8, on_progress=lambda *at: seen.append(at))
+    ours = SpdLM(
+        spd.load(tiny_llama, tp_size=2), batch_size=batch_size, max_batch_size=3, answers=tmp_path,
+        on_progress=lambda *at: seen.append(at),
+    )  # fmt: skip
+    asked: list[int] = []
+    detect = ours._detect_batch_size
+    monkeypatch.setattr(ours, "_detect_batch_size", lambda: asked.append(0) or detect())
     assert ours.loglikelihood_rolling(requests) == pytest.approx(own, rel=1e-5)
     assert seen == [(i, 5) for i in range(1, 6)]
+    assert len(asked) == (batch_size == "auto")  # once for all texts
+    assert ours.batch_size == batch_size
+    again = SpdLM(spd.load(tiny_llama, tp_size=2), answers=tmp_path)
+    monkeypatch.setattr(again, "_model_call", None)
+    assert again.loglikelihood_rolling(requests) == pytest.approx(own, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +168,54 @@ def test_whole_texts_are_scored_as_by_lm_evals_own_model_and_one_by_one(tiny_lla
         ({"tpsize": 2}, "takes no tpsize; did you mean tp_size"),
         ({"trust_remote_code": True}, "takes no trust_remote_code; it takes pretrained, tp_size"),
         ({"pretrained": None}, "needs pretrained=<folder or hub id>"),
-        ({"tp_size": "two"}, "tp_size=two is no number of ranks"),
+        ({"pretrained": 123}, r"pretrained=123 is no folder; give its path, \./123"),
+        ({"tp_size": "two"}, "tp_size=two is not possible; give 1 or more"),
+        ({"tp_size": 0}, "tp_size=0 is not possible"),
+        ({"tp_size": True}, "tp_size=True is not possible"),
+        ({"batch_size": "-3"}, "batch_size=-3 is not possible; give 1 or more, or auto"),
+        ({"batch_size": 0}, "batch_size=0 is not possible"),
+        ({"batch_size": "auto:x"}, "batch_size=auto:x is not possible"),
+        ({"batch_size": "auto", "ranks": "processes"}, "real ranks must agree; give a number"),
+        ({"max_length": "abc"}, "max_length=abc is not possible"),
+        ({"add_bos_token": "maybe"}, "add_bos_token=maybe is not possible; give True or False"),
+        ({"prefix_token_id": -1}, "prefix_token_id=-1 is no id of a token"),
+        ({"device": "mps"}, "device='mps' cannot be used; write cpu, cuda"),
+        ({"answers": 7}, r"answers=7 is no folder; give its path, \./7"),
+        ({"answers": "/proc/answers"}, "answers=/proc/answers cannot be made"),
     ],
 )
-def test_arguments_that_the_model_does_not_take_are_named(tiny_llama: Path, arguments: dict, said: str) -> None:
+def test_arguments_that_cannot_be_are_named_before_a_model_is_loaded(
+    tiny_llama: Path, arguments: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spd.loading.TensorParallelLM", None)
     with pytest.raises(spd.UserError, match=said):
         SpdLM(**{"pretrained": str(tiny_llama)} | arguments)
+
+
+def test_a_model_is_not_given_another_tp_size_or_plan_and_keeps_its_tokenizer(tiny_llama: Path) -> None:
+    model = spd.load(tiny_llama, tp_size=2)
+    with pytest.raises(spd.UserError, match="tp_size and plan cannot be given beside a model, which has its own"):
+        SpdLM(model, tp_size=8, plan="nowhere.json")
+    model.tokenizer.pad_token = None
+    assert SpdLM(model).tokenizer.pad_token is not None
+    assert model.tokenizer.pad_token is None
+
+
+def test_processes_that_would_each_evaluate_the_whole_model_are_refused(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(spd.UserError, match="Each of 2 processes would evaluate the whole model; write ranks=proc"):
+        SpdLM(str(tiny_llama))
+    SpdLM(spd.load(tiny_llama))
+
+
+def test_more_tokens_than_the_model_takes_are_not_generated(tiny_llama: Path) -> None:
+    model = SpdLM(spd.load(tiny_llama))
+    for tokens in (64, 500):
+        request = Instance("generate_until", {}, ("word1", {"until": [], "max_gen_toks": tokens}), 0, ("task", 0, 1))
+        with pytest.raises(spd.UserError, match=f"Up to {tokens} tokens are to be generated, and the model takes 64"):
+            model.generate_until([request])
 
 
 def test_a_plan_that_treats_blocks_is_refused_in_words(tiny_llama: Path, tmp_path: Path) -> None:
@@ -149,6 +232,36 @@ def test_the_batch_size_can_be_found_by_itself(tiny_llama: Path, tasks: Path) ->
     given = evaluate(model, TASKS, include_path=tasks, batch_size=4)
     for task in TASKS:
         assert found["tasks"][task]["metrics"] == pytest.approx(given["tasks"][task]["metrics"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_a_batch_size_found_by_itself_is_what_fits_in_memory(
+    tiny_llama: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SpdLM(spd.load(tiny_llama), batch_size="auto")
+    sizes: list[int] = []
+    forward = model.tensor_parallel.forward
+
+    def of_little_memory(input_ids: Tensor, *args: Any, **options: Any) -> Any:
+        if len(input_ids) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(len(input_ids))
+        return forward(input_ids, *args, **options)
+
+    monkeypatch.setattr(model.tensor_parallel, "forward", of_little_memory)
+    generate = model._model_generate
+    monkeypatch.setattr(
+        model, "_model_generate", lambda context, **of: sizes.append(len(context)) or generate(context, **of)
+    )
+    arguments = {
+        "loglikelihood": (" word3",),
+        "loglikelihood_rolling": (),
+        "generate_until": ({"until": [], "max_gen_toks": 2},),
+    }
+    texts = [" ".join(WORDS[i : i + 9]) for i in range(12)]
+    requests = [Instance(kind, {}, (text, *arguments[kind]), 0, ("task", i, 1)) for i, text in enumerate(texts)]
+    assert len(getattr(model, kind)(requests)) == 12
+    assert sizes[-3:] == [4, 4, 4]
 
 
 def test_a_continuation_longer_than_the_context_is_told_in_words(tiny_llama: Path) -> None:

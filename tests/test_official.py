@@ -22,11 +22,12 @@ from spd import inputs, point, steps
 from spd.config import ROOT, RunConfig
 from spd.errors import UserError
 from spd.evaluation import evaluate
+from spd.harness import SpdLM
 from spd.hub import read_text
 from spd.perplexity import perplexity
 from spd.progress import Display
 from spd.steps import Steps
-from spd.tasks import _own_index, look_at, task_manager
+from spd.tasks import _own_index, load_for_command, look_at, task_manager
 
 ZERO_SHOT = yaml.safe_load((ROOT / "conf/eval/zero_shot.yaml").read_text())["tasks"]
 
@@ -99,12 +100,23 @@ def test_the_rows_of_the_official_schemas_are_read_as_their_tasks_mean_them(data
     assert shown("lambada_openai", 0)[0::2] == ("word1 word2 “word3”", " word4")
 
 
-def test_all_subjects_of_mmlu_are_asked_after_five_examples(tiny_llama: Path, tmp_path: Path) -> None:
+def test_all_subjects_of_mmlu_are_asked_after_five_examples(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subjects, settings = official.mmlu_subjects(), yaml.safe_load((ROOT / "conf/eval/mmlu.yaml").read_text())
     official.write(tmp_path, "cais/mmlu", official.mmlu(subjects))
     model = spd.load(tiny_llama, tp_size=2)
     asked = {"num_fewshot": settings["num_fewshot"], "batch_size": settings["batch_size"]}
+    shown: list[int] = []
+    answer = SpdLM.loglikelihood
+
+    def counted(self: SpdLM, requests: list, **options: Any) -> list:
+        shown.extend(request.args[0].count("Answer:") for request in requests)
+        return answer(self, requests, **options)
+
+    monkeypatch.setattr(SpdLM, "loglikelihood", counted)
     score = evaluate(model, settings["tasks"], data_root=tmp_path, limit=2, **asked)["tasks"]["mmlu"]
+    assert set(shown) == {5 + 1}
     assert (len(subjects), score["items"], score["metric"]) == (57, 114, "acc")
     assert score["stderr"] is not None
 
@@ -160,6 +172,52 @@ def test_missing_data_are_told_before_a_model_is_loaded(
     with Display("point", Console(quiet=True)) as display:
         record = point.run_point(config, display)
     assert (record["status"], record["error"]) == ("failed", str(refused.value))
+
+
+def test_readme_names_every_data_set_of_the_official_evaluations(data_root: Path) -> None:
+    tasks = [*ZERO_SHOT, *yaml.safe_load((ROOT / "conf/eval/longbench.yaml").read_text())["tasks"]]
+    loaded = task_manager(tasks, data_root=data_root).load(tasks)["tasks"].values()
+    names = {str(Path(task.config.dataset_path).relative_to(data_root)) for task in loaded}
+    names |= {"cais/mmlu", yaml.safe_load((ROOT / "conf/data/wikitext2.yaml").read_text())["dataset"]}
+    listed = (ROOT / "README.md").read_text().split("for name in ")[1].split("; do")[0]
+    assert set(listed.replace("\\", " ").split()) == names
+
+
+def sciq_of(root: Path, rows: int) -> Path:
+    found = official.sciq()["default"]["test"][:rows]
+    official.write(root, "allenai/sciq", {"default": official.thrice(found)})
+    return root
+
+
+def test_a_folder_here_of_a_data_sets_name_is_not_read_in_place_of_data_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sciq_of(tmp_path / "here", 1))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"allenai/sciq is not in eval\.data_root=.*empty"):
+        look_at(("sciq",), None, tmp_path / "empty", 0)
+    for root, rows in ((sciq_of(tmp_path / "there", 2), 2), (None, 1)):
+        loaded = task_manager(["sciq"], data_root=root).load(["sciq"])["tasks"]["sciq"]
+        assert len(loaded.eval_docs) == rows
+
+
+def test_lm_evals_command_reads_the_folder_that_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `datasets` alone would serve the rows that it has cached of the other folder.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, rows in (("one", 1), ("two", 2), ("three", 3)):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.chdir(sciq_of(tmp_path / name, rows))
+        load_for_command(_own_index(), ["sciq"])
+        assert len(_own_index().load(["sciq"])["tasks"]["sciq"].eval_docs) == rows
+
+
+def test_a_split_without_rows_is_said(tmp_path: Path) -> None:
+    rows = official.sciq()["default"]["test"]
+    official.write(tmp_path, "allenai/sciq", {"default": {"train": [], "validation": rows, "test": rows}}, "jsonl")
+    with pytest.raises(UserError, match=r"allenai/sciq cannot be read from .*one of its splits has no rows"):
+        look_at(("sciq",), None, tmp_path, 0)
 
 
 def test_a_config_that_is_missing_is_named(own_root: Path) -> None:

@@ -2,14 +2,16 @@
 
     python -m experiments.evaluation.throughput --record experiments/evaluation/throughput.json
 
-scores the same requests of the reference tasks with both, in turns, at several batch sizes, tp 8. A launch is a process
-of its own, as one process differs from the next by a tenth: its ratio is the median over repeats of ours / lm-eval's
-own. Reported is the median over launches, with the lowest and the highest.
+scores the same requests with both, in turns, at several batch sizes, tp 8: what the reference tasks ask of their first
+items (choices), and as many whole texts. A launch is a process of its own, as one process differs from the next by a
+tenth: its ratio is the median over repeats of ours / lm-eval's own. Reported is the median over launches, with the
+lowest and the highest.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import time
 from pathlib import Path
@@ -32,8 +34,15 @@ from spd.tasks import task_manager
 TP_SIZE = 8
 
 
-def requests_of(items: int) -> list[Instance]:
-    """What the zero-shot reference tasks ask about their first items."""
+def requests_of(kind: str, items: int) -> list[Instance]:
+    """What the zero-shot reference tasks ask about their first items ("choices"); or held-out texts, seven for each
+    item, of 1 to 240 words ("texts")."""
+    if kind == "texts":
+        words = (REFERENCE / "data/heldout.txt").read_text().split()
+        lengths = np.random.default_rng(0).integers(1, 241, 7 * items)
+        ends = np.cumsum(lengths)
+        texts = [" ".join(words[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+        return [Instance("loglikelihood_rolling", {}, (text,), i, ("text", i, 1)) for i, text in enumerate(texts)]
     settings = yaml.safe_load((ROOT / "conf/eval/reference_zero_shot.yaml").read_text())
     tasks = task_manager(settings["tasks"], REFERENCE / "tasks").load(settings["tasks"])["tasks"]
     found: list[Instance] = []
@@ -43,10 +52,10 @@ def requests_of(items: int) -> list[Instance]:
     return found
 
 
-def measure(name: str, batch_size: int | str, items: int, repeats: int, device: str) -> dict[str, Any]:
+def measure(name: str, batch_size: int | str, kind: str, items: int, repeats: int, device: str) -> dict[str, Any]:
     """Requests a second of lm-eval's own model, and ratios to it with nothing and with everything dropped."""
     folder = REFERENCE / "models" / name
-    asked = requests_of(items)
+    asked = requests_of(kind, items)
     own = HFLM(pretrained=str(folder), device=device, dtype="float32", batch_size=batch_size)
     model = spd.load(folder, tp_size=TP_SIZE, device=device, dtype="float32")
 
@@ -58,8 +67,9 @@ def measure(name: str, batch_size: int | str, items: int, repeats: int, device: 
         if batch_size == "auto":
             scorer.batch_sizes = {}
         start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            scorer.loglikelihood(asked, disable_tqdm=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # lm-eval's own bars
+            score = scorer.loglikelihood if kind == "choices" else scorer.loglikelihood_rolling
+            score(asked, disable_tqdm=True)
         return time.perf_counter() - start
 
     everything = list(range(model.num_blocks))
@@ -76,8 +86,8 @@ def measure(name: str, batch_size: int | str, items: int, repeats: int, device: 
 def launch(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
     """What `run_ranks` calls in a process of its own: a row for each model and batch size, in order."""
     rows = []
-    for name, batch_size in settings["cases"]:
-        rows.append(measure(name, batch_size, settings["items"], settings["repeats"], settings["device"]))
+    for name, batch_size, kind in settings["cases"]:
+        rows.append(measure(name, batch_size, kind, settings["items"], settings["repeats"], settings["device"]))
         on_progress(len(rows), len(settings["cases"]))
     return {"rows": rows, "threads": torch.get_num_threads()}
 
@@ -99,21 +109,23 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ref_llama", "ref_opt", "ref_qwen2"])
     parser.add_argument("--batch-sizes", nargs="+", default=["8", "32", "auto"])
+    parser.add_argument("--kinds", nargs="+", default=["choices", "texts"], choices=["choices", "texts"])
     parser.add_argument("--items", type=int, default=20, help="of each of the seven tasks")
     parser.add_argument("--repeats", type=int, default=7, help="of each launch")
     parser.add_argument("--launches", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    cases = [(name, s if s == "auto" else int(s)) for name in options.models for s in options.batch_sizes]
+    sizes = [size if size == "auto" else int(size) for size in options.batch_sizes]
+    cases = list(itertools.product(options.models, sizes, options.kinds))
     asked = {"cases": cases, "items": options.items, "repeats": options.repeats, "device": options.device}
     found = []
     for _ in range(options.launches):
         found.append(run_ranks("experiments.evaluation.throughput:launch", asked, tp_size=1, timeout_s=3600))
         print(json.dumps(found[-1]), flush=True)
     rows = [
-        {"model": name, "batch_size": size, **over_launches([one["rows"][i] for one in found])}
-        for i, (name, size) in enumerate(cases)
+        {"model": name, "batch_size": size, "kind": kind, **over_launches([one["rows"][i] for one in found])}
+        for i, (name, size, kind) in enumerate(cases)
     ]
     told = {"tp_size": TP_SIZE, "launches": options.launches, "repeats": options.repeats}
     record = told | {"threads": found[0]["threads"], "rows": rows, "environment": environment()}
