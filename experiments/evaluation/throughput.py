@@ -3,9 +3,9 @@
     python -m experiments.evaluation.throughput --record experiments/evaluation/throughput.json
 
 scores the same requests with both, in turns, at several batch sizes, tp 8: what the reference tasks ask of their first
-items (choices), and as many whole texts. A launch is a process of its own, as one process differs from the next by a
-tenth: its ratio is the median over repeats of ours / lm-eval's own. Reported is the median over launches, with the
-lowest and the highest.
+items (choices), and whole texts. A launch is a process of its own for each case, as one process differs from the next by
+a tenth, and one case leaves its memory to the next: its ratio is the median over repeats of ours / lm-eval's own.
+Reported is the median over launches, with the lowest and the highest.
 """
 
 import argparse
@@ -84,12 +84,8 @@ def measure(name: str, batch_size: int | str, kind: str, items: int, repeats: in
 
 
 def launch(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
-    """What `run_ranks` calls in a process of its own: a row for each model and batch size, in order."""
-    rows = []
-    for name, batch_size, kind in settings["cases"]:
-        rows.append(measure(name, batch_size, kind, settings["items"], settings["repeats"], settings["device"]))
-        on_progress(len(rows), len(settings["cases"]))
-    return {"rows": rows, "threads": torch.get_num_threads()}
+    """`measure`, as `run_ranks` calls it in a process of its own."""
+    return measure(**settings) | {"threads": torch.get_num_threads()}
 
 
 def over_launches(launches: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,17 +114,18 @@ if __name__ == "__main__":
     options = parser.parse_args()
     sizes = [size if size == "auto" else int(size) for size in options.batch_sizes]
     cases = list(itertools.product(options.models, sizes, options.kinds))
-    asked = {"cases": cases, "items": options.items, "repeats": options.repeats, "device": options.device}
-    found = []
-    for _ in range(options.launches):
-        found.append(run_ranks("experiments.evaluation.throughput:launch", asked, tp_size=1, timeout_s=3600))
-        print(json.dumps(found[-1]), flush=True)
+    found: dict[Any, list[dict[str, Any]]] = {case: [] for case in cases}
+    for _, case in itertools.product(range(options.launches), cases):
+        asked = dict(zip(("name", "batch_size", "kind"), case, strict=True))
+        asked |= {"items": options.items, "repeats": options.repeats, "device": options.device}
+        found[case].append(run_ranks("experiments.evaluation.throughput:launch", asked, tp_size=1, timeout_s=3600))
+        print(case, json.dumps(found[case][-1]), flush=True)
     rows = [
-        {"model": name, "batch_size": size, "kind": kind, **over_launches([one["rows"][i] for one in found])}
-        for i, (name, size, kind) in enumerate(cases)
+        {"model": name, "batch_size": size, "kind": kind, **over_launches(found[name, size, kind])}
+        for name, size, kind in cases
     ]
     told = {"tp_size": TP_SIZE, "launches": options.launches, "repeats": options.repeats}
-    record = told | {"threads": found[0]["threads"], "rows": rows, "environment": environment()}
+    record = told | {"threads": found[cases[0]][0]["threads"], "rows": rows, "environment": environment()}
     print(json.dumps(rows, indent=1))
     if options.record:
         options.record.write_text(json.dumps(record, indent=1) + "\n")
