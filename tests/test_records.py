@@ -1,5 +1,6 @@
 """The numbers in the documents of experiments/ are those of the records beside them."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -135,10 +136,13 @@ def test_an_evaluations_throughput_is_its_record_and_what_was_asked() -> None:
     record = json.loads((EXPERIMENTS / "evaluation/throughput.json").read_text())
     for row in record["rows"]:
         cells = [f"{row[arm]['median']:.2f}" for arm in ("nothing_dropped", "everything_dropped")]
-        shown = f"| {row['model']} | {row['batch_size']} | {row['own_requests_per_s']:.0f} | {' | '.join(cells)} |"
+        of = f"{row['model']} | {row['batch_size']} | {row['kind']} | {row['own_requests_per_s']:.0f}"
+        shown = f"| {of} | {' | '.join(cells)} |"
         assert shown in readme
         assert min(row[arm]["low"] for arm in ("nothing_dropped", "everything_dropped")) >= 0.7
-    assert {row["model"] for row in record["rows"]} == {"ref_llama", "ref_opt", "ref_qwen2"}
+    measured = {(row["model"], row["kind"]) for row in record["rows"]}
+    assert measured == set(itertools.product(("ref_llama", "ref_opt", "ref_qwen2"), ("choices", "texts")))
+    assert not record["environment"]["git_dirty"]
     on_gpu = json.loads((EXPERIMENTS / "evaluation/throughput_gpu.json").read_text())
     for row in on_gpu["rows"]:
         medians = [row[arm]["median"] for arm in ("nothing_dropped", "everything_dropped")]

@@ -3,8 +3,8 @@
     python -m experiments.evaluation.throughput --record experiments/evaluation/throughput.json
 
 scores the same requests with both, in turns, at several batch sizes, tp 8: what the reference tasks ask of their first
-items (choices), and whole texts. A launch is a process of its own for each case, as one process differs from the next by
-a tenth, and one case leaves its memory to the next: its ratio is the median over repeats of ours / lm-eval's own.
+items (choices), and whole texts. A launch is a process of its own for each case, as one process differs from the next
+by a tenth, and one case leaves its memory to the next: its ratio is the median over repeats of ours / lm-eval's own.
 Reported is the median over launches, with the lowest and the highest.
 """
 
