@@ -35,9 +35,14 @@ def _look_at_tasks(asked: argparse.Namespace) -> None:
     loaded."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    from spd.tasks import load_for_command
+    from spd.tasks import Tasks, load_for_command
 
     config = EvaluatorConfig.from_cli(asked)
+    if config.include_path:  # whose tasks are enough, most often: lm-eval's own are thousands of files
+        own = Tasks(str(config.include_path), False)
+        if all(name in own.all_tasks for name in config.tasks):
+            load_for_command(own, config.tasks)
+            return
     try:
         manager = config.process_tasks(config.metadata)
     except ValueError as error:  # lm-eval's, of names

@@ -64,7 +64,11 @@ def test_lm_evals_command_knows_it(tiny_llama: Path, tasks: Path, tmp_path: Path
 def test_lm_evals_command_still_knows_its_own_models(tasks: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "lm_eval"), "--model", "dummy", "--include_path", str(tasks)]
     done = subprocess.run(
-        [*command, "--tasks", "toy_choice", "--output_path", str(tmp_path)], capture_output=True, text=True, timeout=180
+        [*command, "--tasks", "toy_choice", "--output_path", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     assert "acc,none" in written(tmp_path)["toy_choice"]
