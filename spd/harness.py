@@ -56,8 +56,9 @@ class SpdLM(HFLM):
         on_progress: called with (requests answered, requests known of); by default lm-eval shows its own bars.
 
     Raises:
-        UserError: as `spd.load`; an argument that is missing, not known or of the wrong type; a plan that treats
-            blocks; batch_size=auto with ranks=processes; lm-eval's own request cache.
+        UserError: as `spd.load`; an argument that is missing, not known, of the wrong type or given beside a model that
+            has its own; a plan that treats blocks; batch_size=auto with ranks=processes; several processes that would
+            each evaluate the whole model; lm-eval's own request cache.
     """
 
     def __init__(
@@ -77,11 +78,10 @@ class SpdLM(HFLM):
         on_progress: Progress | None = None,
         **unknown: Any,
     ) -> None:
-        of_folder = {"tp_size": tp_size, "plan": plan, "dtype": dtype, "device": device}
-        whole_numbers = {"tp_size": tp_size, "max_batch_size": max_batch_size, "max_length": max_length}
         _check_arguments(
-            unknown, pretrained, of_folder, whole_numbers, batch_size=batch_size, add_bos_token=add_bos_token,
-            prefix_token_id=prefix_token_id, answers=answers, ranks=ranks,
+            unknown, pretrained=pretrained, tp_size=tp_size, plan=plan, ranks=ranks, dtype=dtype, device=device,
+            batch_size=batch_size, max_batch_size=max_batch_size, max_length=max_length, add_bos_token=add_bos_token,
+            prefix_token_id=prefix_token_id, answers=answers,
         )  # fmt: skip
         kept = answers if answers is None or isinstance(answers, Answers) else Answers(answers)
         if isinstance(pretrained, TensorParallelLM):
@@ -224,34 +224,29 @@ class SpdLM(HFLM):
         return super()._model_generate(context, max_length, stop, **options)
 
 
-def _check_arguments(
-    unknown: dict[str, Any], pretrained: Any, of_folder: dict[str, Any], whole_numbers: dict[str, Any], **given: Any
-) -> None:
+def _check_arguments(unknown: dict[str, Any], **given: Any) -> None:
     """Raises UserError for model arguments that cannot be, before a model is loaded; lm-eval's command takes any."""
     known = [name for name in inspect.signature(SpdLM.__init__).parameters if name not in ("self", "unknown")]
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}."
         raise UserError(f"The model spd takes no {name}; {hint}")
-    if pretrained is None:
+    if given["pretrained"] is None:
         raise UserError("The model spd needs pretrained=<folder or hub id>.")
-    for name, value in whole_numbers.items():
-        if value is not None and not _is_whole(value, least=1):
-            raise UserError(f"{name}={value} is not possible; give 1 or more (1, 2, 4, 8).")
+    for name in ("tp_size", "max_batch_size", "max_length"):
+        if given[name] is not None and not _is_whole(given[name], least=1):
+            raise UserError(f"{name}={given[name]} is not possible; give 1 or more.")
     if not (_is_whole(size := given["batch_size"], least=1) or re.fullmatch(r"auto(:\d+)?|[1-9]\d*", str(size))):
         raise UserError(f"batch_size={size} is not possible; give 1 or more, or auto.")
     if not isinstance(given["add_bos_token"], bool | None):
         raise UserError(f"add_bos_token={given['add_bos_token']} is not possible; give True or False.")
     if given["prefix_token_id"] is not None and not _is_whole(given["prefix_token_id"], least=0):
         raise UserError(f"prefix_token_id={given['prefix_token_id']} is no id of a token; give 0 or more.")
-    for name, value, kinds in (
-        ("answers", given["answers"], Answers | str | Path | None),
-        ("pretrained", pretrained, TensorParallelLM | str | Path),
-    ):
-        if not isinstance(value, kinds):
+    for name in ("pretrained", "answers"):
+        if not isinstance(value := given[name], TensorParallelLM | Answers | str | Path | None):
             raise UserError(f"{name}={value} is no folder; give its path, ./{value} for instance.")
-    if isinstance(pretrained, TensorParallelLM):
-        if beside := [name for name, value in of_folder.items() if value is not None]:
+    if isinstance(given["pretrained"], TensorParallelLM):
+        if beside := [name for name in ("tp_size", "plan", "dtype", "device") if given[name] is not None]:
             raise UserError(f"{' and '.join(beside)} cannot be given beside a model, which has its own.")
     elif given["ranks"] == "processes":
         _check_agreed(size)

@@ -1,6 +1,8 @@
 """lm-eval's own command with one model more: `lm_eval --model spd`, `torchrun ... -m spd.lm_eval_cli --model spd`."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 
@@ -21,7 +23,7 @@ def main() -> None:
     command = HarnessCLI()
     asked = command.parse_args()
     try:
-        if getattr(asked, "model", None) == "spd":
+        if asked.command == "run":
             _look_at_tasks(asked)
         command.execute(asked)
     except UserError as error:
@@ -31,13 +33,16 @@ def main() -> None:
 
 
 def _look_at_tasks(asked: argparse.Namespace) -> None:
-    """Raises UserError for tasks that do not exist or whose data are missing, which lm-eval finds out with a model
-    loaded."""
+    """Raises UserError for tasks of `--model spd` that do not exist or whose data are missing, which lm-eval finds out
+    with a model loaded."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     from spd.tasks import Tasks, load_for_command
 
-    config = EvaluatorConfig.from_cli(asked)
+    with contextlib.redirect_stdout(io.StringIO()):  # lm-eval shows a --config file, and will once more
+        config = EvaluatorConfig.from_cli(asked)
+    if config.model != "spd":
+        return
     if config.include_path:  # whose tasks are enough, most often: lm-eval's own are thousands of files
         own = Tasks(str(config.include_path), False)
         if all(name in own.all_tasks for name in config.tasks):

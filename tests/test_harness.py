@@ -90,6 +90,20 @@ def test_lm_evals_command_tells_what_is_missing_before_a_model_is_loaded(
     assert re.match(f"spd: {said}", done.stderr.splitlines()[-1]), done.stderr
 
 
+def test_lm_evals_command_looks_first_at_the_tasks_of_a_file_of_settings_too(tmp_path: Path) -> None:
+    settings = {"model": "spd", "model_args": {"pretrained": str(tmp_path / "no_model")}, "tasks": ["sciq"]}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "spd.lm_eval_cli", "run", "--config", str(tmp_path / "run.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=180,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("spd: The task sciq: the data set allenai/sciq"), done.stderr
+
+
 def test_lm_evals_command_under_torchrun_is_one_evaluation(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "spd.lm_eval_cli", "--include_path", str(tasks), "--tasks", "toy_last"]
