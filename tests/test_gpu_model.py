@@ -143,6 +143,18 @@ def test_a_short_reach_and_another_size_change_no_logits() -> None:
 
 
 @every_family
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_version_of_a_decoding_steps_functions_gives_the_same_logits(folder: Path, batch: int) -> None:
+    ids, arm, found = prompts(folder, batch), Arm(frozenset({2, 5})), []
+    for version in ("tuned", "plain"):
+        model = graph_model(folder, batch_size=batch)
+        assert version in model.halves.decode
+        model.decode_kernels = dict.fromkeys(model.decode_kernels, version)
+        found.append(torch.stack(greedy(model, ids, arm)[1]))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
+
+
+@every_family
 def test_nothing_is_compiled_after_the_warm_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile  # in a capture nothing can be; what is compiled does not depend on the back end
     monkeypatch.setattr(

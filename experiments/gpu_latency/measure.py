@@ -34,9 +34,9 @@ from spd.launch import RankFailed
 DROPS = (0.0, 0.25, 0.5, 0.7, 1.0)
 SHAPES = {
     "1x128": Shape(1, 128, decode_at=256, repeats=20, blocks_alone=True),
-    "16x128": Shape(16, 128, decode_at=256, repeats=10),
-    "1x2048": Shape(1, 2048, decode_at=None, repeats=6),
-    "16x2048": Shape(16, 2048, decode_at=None, repeats=2),
+    "16x128": Shape(16, 128, decode_at=256, repeats=12),
+    "1x2048": Shape(1, 2048, decode_at=None, repeats=20),
+    "16x2048": Shape(16, 2048, decode_at=None, repeats=4),
 }
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 LARGE = 2 * 10**10
@@ -237,8 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
                 break
             continue
         failed, found[key] = 0, entry
-        captured = {shape: session["capture_s"][-1] for shape, session in entry["sessions"].items()}
-        print(f"{key}, launch {launch}: {entry['took_s']} s, graphs after {captured} s", flush=True)
+        took = {shape: entry["sessions"][shape]["seconds"][-1] for shape in shapes}
+        print(f"{key}, launch {launch}: {entry['took_s']} s, of them {took}", flush=True)
         draft = file.with_suffix(".draft")
         draft.write_text(json.dumps(found))
         draft.replace(file)

@@ -16,7 +16,7 @@ from spd.gpu import graphs
 from spd.gpu.limits import events_ms
 
 AllReduce = Callable[[Tensor], Tensor]
-"""[B, T, D] of one rank -> the sum over ranks; the argument may be overwritten."""
+"""[B, T, D] of one rank -> the sum over ranks, which holds until the next call; the argument may be overwritten."""
 
 KINDS = ("nccl", "one_shot", "two_shot")
 
@@ -36,7 +36,8 @@ def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> A
         dtype, device: of the messages.
 
     Returns:
-        The sum; with symmetric memory all of its calls share one buffer, so they have to follow each other on a stream.
+        The sum; with symmetric memory all of its calls share one buffer, so they have to follow each other on a stream,
+        and two_shot's sum is in that buffer.
 
     Raises:
         UserError: an unknown kind, or symmetric memory where there is no GPU.
@@ -64,7 +65,7 @@ def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> A
         shared = buffer[: local.numel()].view_as(local)
         shared.copy_(local)
         torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", name)
-        return local.copy_(shared)
+        return shared
 
     return one_shot if kind == "one_shot" else two_shot
 
@@ -177,9 +178,8 @@ def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.devi
     zeros = torch.zeros(size, dtype=dtype, device=device)
 
     def many() -> None:
-        local = zeros
         for _ in range(_CALLS):
-            local = reduce(local)
+            reduce(zeros)
 
     graphs.warm_up(many, device)
     replay = graphs.capture(many, device)

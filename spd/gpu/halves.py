@@ -1,4 +1,4 @@
-"""The two halves of a block, on one rank, as two functions of fused weights; what is between them is summed over ranks.
+"""The two halves of a block, on one rank, as functions of fused weights; what is between them is summed over ranks.
 
     attention   X = R + S          P_i = attention of rank i's heads
     mlp         U   = X + b + P    R = U + b2          S_i = MLP_i(norm2(U))           TP, P = sum_i(P_i)
@@ -6,7 +6,8 @@
 
 A block hands on the residual `R`, which all ranks have, and the sum `S` over ranks of the `S_i`; the next one adds
 them, so that additions and norm become one kernel. The equations are those of `spd.block.Block`. Every tensor comes as
-an argument: compiled once, a function serves all blocks.
+an argument: compiled once, a function serves all blocks. TP and SPD share all but the MLP's output product, so that a
+kernel which was chosen by trial is the same in both, and what they differ by is the all-reduce.
 
 Legend: B batch, T tokens, C cache length, D hidden size, H query heads, K key/value heads, h head size, F MLP width,
 N ranks.
@@ -92,9 +93,18 @@ class Stage(NamedTuple):
     """The functions of prefill, or of decoding."""
 
     attention: Callable[..., tuple[Tensor, Tensor]]
-    tp_mlp: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
-    spd_inner: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
-    spd_mlp: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
+    """`Halves.prefill_attention` or `decode_attention`"""
+    mlp_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor, Tensor]]
+    tp_output: Callable[[Tensor, Weights], Tensor]
+    spd_output: Callable[[Tensor, Tensor, Weights], Tensor]
+
+    def mlp(self, x: Tensor, attended: Tensor, w: Weights, *, dropped: bool) -> tuple[Tensor, Tensor]:
+        """`R` and `S_i` [B, T, D], from `X` and the sum of the `P_i`; where the block is dropped, from `X` and `P_i`,
+        which it may overwrite."""
+        of_tp, of_spd, product = self.mlp_input(x, attended, w)
+        if dropped:
+            return of_spd, self.spd_output(product, attended, w)
+        return of_tp, self.tp_output(product, w)
 
 
 class Halves:
@@ -116,16 +126,28 @@ class Halves:
         ]
         self.eps = getattr(config, "rms_norm_eps", 1e-5)
 
-        def stage(attention: Callable, options: dict[str, Any]) -> Stage:
-            functions: list[Callable] = [attention, self._tp_mlp, self._spd_inner, self._spd_mlp]
-            if compiled:
-                torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape and model
-                functions = [torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in functions]
-            return Stage(*functions)
+        def built(f: Callable, **options: Any) -> Any:
+            return torch.compile(f, fullgraph=True, dynamic=False, options=options) if compiled else f
 
-        self.prefill = stage(self._prefill_attention, {})
-        # One token is products of a matrix and a vector, which then become Triton kernels, fused with what follows.
-        self.decode = stage(self._decode_attention, {"coordinate_descent_tuning": True})
+        torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape and model
+        activated = built(self.activated)
+
+        def tp_output(product: Tensor, w: Weights) -> Tensor:
+            return F.linear(activated(product), w.mlp_output)
+
+        def spd_output(product: Tensor, partial: Tensor, w: Weights) -> Tensor:
+            # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
+            total = partial.view(-1, partial.shape[-1])  # never a copy: the sum would be lost
+            total.addmm_(activated(product).flatten(0, 1), w.mlp_output.T)
+            return partial
+
+        outputs = tp_output, spd_output
+        self.prefill = Stage(built(self.prefill_attention), built(self.mlp_input), *outputs)
+        # One token is products of a matrix and a vector, which become Triton kernels, fused with what is around them.
+        every = self.decode_attention, self.mlp_input, self.tp_output, self.spd_output
+        tuned = Stage(*(built(f, coordinate_descent_tuning=True) for f in every))
+        self.decode = {"tuned": tuned, "plain": Stage(built(self.decode_attention), built(self.mlp_input), *outputs)}
+        """Triton kernels chosen by trial, and the libraries' products: which is quicker depends on sizes, and luck."""
         self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,7 +170,7 @@ class Halves:
             q, k = (_rotated(part, *rope) for part in (q, k))
         return x, q, k, v
 
-    def _prefill_attention(
+    def prefill_attention(
         self,
         residual: Tensor,
         summed: Tensor,
@@ -164,7 +186,7 @@ class Halves:
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return x, F.linear(heads.transpose(1, 2).flatten(2), w.attention_output)
 
-    def _decode_attention(
+    def decode_attention(
         self,
         residual: Tensor,
         summed: Tensor,
@@ -186,41 +208,28 @@ class Halves:
         heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(x.dtype)  # [B, K/N, G, h]
         return x, F.linear(heads.flatten(1).unsqueeze(1), w.attention_output)
 
-    def _inner(self, u: Tensor, w: Weights) -> Tensor:
-        """The MLP of `U` before its output product, [B, T, F/N]."""
-        inner = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
+    def mlp_input(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """`R` [B, T, D] of a TP and of an SPD block, and the MLP's input product [B, T, F/N] or [B, T, 2 F/N], from `X`
+        and the sum of the `P_i`, or for an SPD block `P_i`."""
+        known = _plus(x, w.attention_bias)
+        u = known + attended
+        product = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
+        return _plus(u, w.mlp_bias), _plus(known, w.mlp_bias), product
+
+    def activated(self, product: Tensor) -> Tensor:
+        """What the MLP's output product takes, [B, T, F/N]."""
         if not self.gated:
-            return self.activation(inner)
-        gate, up = inner.chunk(2, dim=-1)
+            return self.activation(product)
+        gate, up = product.chunk(2, dim=-1)
         return self.activation(gate) * up
 
-    def _tp_mlp(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        """`R` and `S_i` [B, T, D] of a TP block, from `X` and the sum of the `P_i`."""
-        u = _plus(x + attended, w.attention_bias)
-        return _plus(u, w.mlp_bias), F.linear(self._inner(u, w), w.mlp_output)
+    def tp_output(self, product: Tensor, w: Weights) -> Tensor:
+        """`S_i` [B, T, D] of a TP block."""
+        return F.linear(self.activated(product), w.mlp_output)
 
-    def _spd_inner(self, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        """`R` [B, T, D] of an SPD block, and its MLP before the output product [B, T, F/N], from `X` and `P_i`."""
-        known = _plus(x, w.attention_bias)
-        return _plus(known, w.mlp_bias), self._inner(known + partial, w)
-
-    def _spd_mlp(self, x: Tensor, partial: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        """`R` and `S_i` [B, T, D] of an SPD block, from `X` and `P_i`."""
-        residual, inner = self._spd_inner(x, partial, w)
-        return residual, partial + F.linear(inner, w.mlp_output)
-
-    @staticmethod
-    def spd_mlp(stage: Stage, x: Tensor, partial: Tensor, w: Weights, *, fused: bool) -> tuple[Tensor, Tensor]:
-        """`R` and `S_i` of an SPD block, `S_i` in as few kernels as that of a TP block; may overwrite `P_i`.
-
-        `fused` is for one token: the output product is then a Triton kernel, which adds `P_i` too.
-        """
-        if fused:
-            return stage.spd_mlp(x, partial, w)
-        residual, inner = stage.spd_inner(x, partial, w)
-        # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
-        partial.view(-1, partial.shape[-1]).addmm_(inner.flatten(0, 1), w.mlp_output.T)  # a view, or it would be lost
-        return residual, partial
+    def spd_output(self, product: Tensor, partial: Tensor, w: Weights) -> Tensor:
+        """`S_i` [B, T, D] of an SPD block, which so takes as many kernels as a TP block."""
+        return partial + self.tp_output(product, w)
 
     def _last(
         self, residual: Tensor, summed: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor

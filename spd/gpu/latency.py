@@ -26,8 +26,8 @@ BLOCKS = ("ttft_blocks_ms", "tpot_blocks_ms")
 """`METRICS` of the decoder blocks alone, without embedding, head and choice."""
 
 _OF_LAUNCH = (
-    *("seconds", "capture_s", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms"),
-    *("fused_output", "nccl_environment", "communication", "timeline"),
+    *("seconds", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms"),
+    *("decode_kernels", "nccl_environment", "communication", "timeline"),
 )
 
 
@@ -187,7 +187,7 @@ def measure_gpu_latency(
         asked = {"checkpoint": None, "architecture": None, **given, **settings, "seed": launch, "timeout_s": timeout_s}
         asked |= more
         asked |= {"shapes": [shape._asdict() for shape in shapes], "arms": every, "all_reduce": all_reduce}
-        asked |= {"devices": where, "profile": launch == 0}
+        asked |= {"devices": where, "profile": launch == 0, "began": time.time()}
         found: list[dict[str, Any]] = run_ranks(
             function,
             asked,
@@ -273,8 +273,10 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
         entry["per_launch"] |= {metric: times, faster: speedup(metric, arm)}
         entry["ceilings"][metric] = {name: _bootstrap(speedup(metric, name)) for name in session["ceilings"]}
         most = entry["ceilings"][metric]["no_attention_all_reduce"]["median"]
-        parts = np.array(speedup(metric, arm)) / np.array(speedup(metric, "no_attention_all_reduce"))
-        entry["fraction_of_ceiling"][metric] = _bootstrap(parts.tolist()) if most > 0 else None
+        entry["fraction_of_ceiling"][metric] = None
+        if most > 0:
+            parts = np.array(speedup(metric, arm)) / np.array(speedup(metric, "no_attention_all_reduce"))
+            entry["fraction_of_ceiling"][metric] = _bootstrap(parts.tolist())
         entry["floor_ms"][metric] = floor = session["floor_ms"][0][metric][arm]
         entry["over_floor"][metric] = entry[metric]["median"] / floor
         shares = (session["communication"][0] or {}).get(metric) or {}

@@ -21,7 +21,7 @@ from spd.checkpoint import Checkpoint
 from spd.families import Family
 from spd.gpu import graphs
 from spd.gpu.all_reduce import AllReduce, slowest
-from spd.gpu.halves import Halves, Weights
+from spd.gpu.halves import Halves, Stage, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
 
@@ -113,6 +113,7 @@ class GraphModel:
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
         self._kv_heads, self._vocab_size = kv_heads // self.halves.head_size, settings.vocab_size
+        self._chosen: dict[tuple[int, int], dict[str, str]] = {}
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         """Where in the sequence the last token stands; prefill sets it, a decoding step moves it on."""
         self.resize(batch_size, prompt_length, cache_length)
@@ -128,8 +129,8 @@ class GraphModel:
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
         self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
         """Logits [B, V] that `token` was chosen by."""
-        self.fused_output = batch_size == 1
-        """Whether a dropped block's decoding step has its output product fused (`Halves.spd_mlp`)."""
+        self.decode_kernels = dict.fromkeys(Stage._fields, "tuned")
+        """Of each function of a decoding step, which of `Halves.decode` is used: chosen when one is first captured."""
         self._columns = torch.arange(cache_length, device=self.device)
         self._warm: set[int | None] = set()
 
@@ -185,17 +186,14 @@ class GraphModel:
         positions, and prefill, for which that is None, at its own prompt."""
         residual, summed, rope, positions = states
         decode = reach is not None
-        stage = self.halves.decode if decode else self.halves.prefill
+        stage = self._decode_stage if decode else self.halves.prefill
         where = (positions, self._columns[:reach] <= positions) if decode else ()
         for i, (w, cache) in enumerate(zip(self.blocks[:blocks], self.cache[:blocks], strict=True)):
             keys, values = (part[:, :, :reach] for part in cache)
             x, partial = stage.attention(residual, summed, w, rope, keys, values, *where)
-            if i in arm.dropped:
-                fused = decode and self.fused_output
-                residual, local = self.halves.spd_mlp(stage, x, partial, w, fused=fused)
-            else:
-                attended = self._sum(partial) if arm.attention_all_reduce else partial
-                residual, local = stage.tp_mlp(x, attended, w)
+            dropped = i in arm.dropped
+            attended = partial if dropped or not arm.attention_all_reduce else self._sum(partial)
+            residual, local = stage.mlp(x, attended, w, dropped=dropped)
             summed = self._sum(local) if arm.mlp_all_reduce else local
         return residual, summed
 
@@ -273,26 +271,44 @@ class GraphModel:
 
         self.position.zero_()
         graphs.warm_up(run, self.device, times=2)
-        if decode and self.fused_output:
-            self.fused_output = self._fused_is_quicker()
+        if reach is not None:
+            chosen = len(self.token), reach
+            if chosen not in self._chosen:
+                self._chosen[chosen] = self._quicker_kernels(reach)
+            self.decode_kernels = self._chosen[chosen]
             graphs.warm_up(run, self.device, times=2)
 
-    def _fused_is_quicker(self) -> bool:
-        """Whether a dropped block's decoding step is: Triton's kernels are chosen by trial, and a choice can be
-        unlucky."""
-        x = torch.randn_like(self._embed(self.token, self.position).residual)
+    @property
+    def _decode_stage(self) -> Stage:
+        return Stage(**{name: getattr(self.halves.decode[kind], name) for name, kind in self.decode_kernels.items()})
 
-        def steps(fused: bool) -> None:
-            for w in self.blocks[:16]:  # together too large for any cache
-                self.halves.spd_mlp(self.halves.decode, x, x.clone(), w, fused=fused)
+    def _quicker_kernels(self, reach: int) -> dict[str, str]:
+        """Of each function of a decoding step the version that is quicker on the slowest rank."""
+        residual, _, rope, positions = self._embed(self.token, self.position)
+        x, attended = torch.randn_like(residual), torch.randn_like(residual)
+        product = self._decode_stage.mlp_input(x, attended, self.blocks[0])[2]
+        where = (positions, self._columns[:reach] <= positions)
 
-        taken = {}
-        for fused in (True, False):
-            run = functools.partial(steps, fused)
-            graphs.warm_up(run, self.device)
-            replay = graphs.capture(run, self.device)
-            taken[fused] = min(events_ms(replay, 1) for _ in range(9))
-        if dist.is_initialized():  # all ranks take the one that is quicker on the slowest
-            both = slowest(torch.tensor([taken[True], taken[False]], dtype=torch.float64), self.device)
-            taken = {True: float(both[0]), False: float(both[1])}
-        return taken[True] <= taken[False]
+        calls: dict[str, Callable[..., object]] = {
+            "attention": lambda f, w, *cache: f(x, attended, w, rope, *(part[:, :, :reach] for part in cache), *where),
+            "mlp_input": lambda f, w, *_: f(x, attended, w),
+            "tp_output": lambda f, w, *_: f(product, w),
+            "spd_output": lambda f, w, *_: f(product, attended, w),
+        }
+
+        def run(name: str, function: Callable[..., object]) -> None:
+            for w, cache in zip(self.blocks[:16], self.cache, strict=False):  # together too large for any cache
+                calls[name](function, w, *cache)
+
+        versions = self.halves.decode
+        taken = torch.zeros(len(Stage._fields), len(versions), dtype=torch.float64)
+        for place, name in enumerate(Stage._fields):
+            for version, stage in enumerate(versions.values()):
+                one = functools.partial(run, name, getattr(stage, name))
+                graphs.warm_up(one, self.device)
+                replay = graphs.capture(one, self.device)
+                taken[place, version] = min(events_ms(replay, 1) for _ in range(9))
+        if dist.is_initialized():
+            taken = slowest(taken, self.device)
+        names = list(versions)
+        return {name: names[int(best)] for name, best in zip(Stage._fields, taken.argmin(1), strict=True)}

@@ -56,8 +56,9 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
     if device.type == "cuda":
         for place in range(len(shapes)):
             check_memory(rank, device=device, free=torch.cuda.mem_get_info(device)[0], **of(place))
-    place = 0
+    place, seconds = 0, {"start": time.time() - settings["began"]}
     try:
+        began = time.perf_counter()
         rates, link = Rates.measured(dtype, device), interconnect.probe(device)
         reduce: all_reduce.AllReduce | None = None
         chosen: dict[int, dict[str, Any]] = {}
@@ -69,7 +70,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
                 device,
                 direct_links=settings["interconnect"] == "native",
             )
-        began = time.perf_counter()
+        seconds["links"], began = time.perf_counter() - began, time.perf_counter()
         model = GraphModel(
             config,
             family,
@@ -85,7 +86,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             compiled=device.type == "cuda",
         )
         synchronise(device)
-        build_s = round(time.perf_counter() - began, 1)
+        seconds["build"] = time.perf_counter() - began
         arms = {name: Arm(frozenset(arm["dropped"]), **arm["left_out"]) for name, arm in settings["arms"].items()}
         bench, found, done = Bench(model, arms, rates, chosen, settings), [], 0
         rounds = sum(shape.repeats for shape in shapes)
@@ -95,14 +96,17 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
                 on_progress(before + repeat, rounds)
 
             _resize(bench, sized[place])
-            found.append({"seconds": {"build": build_s}, "link": link} | _measure(bench, shape, told))
+            found.append({"link": link} | _measure(bench, shape, told))
             done += shape.repeats
         # Of graphs captured anew, after all that is timed: what has been traced once can be slower afterwards.
         for place, shape in enumerate(shapes):
             found[place] |= {"communication": None, "timeline": None}
+            began = time.perf_counter()
             if settings["profile"]:
                 _resize(bench, sized[place])
                 found[place] |= _profiles(bench, shape)
+            whole = seconds | found[place]["seconds"] | {"profile": time.perf_counter() - began}
+            found[place]["seconds"] = {name: round(taken, 1) for name, taken in whole.items()}
         return {"shapes": found}
     except torch.OutOfMemoryError as error:
         total = torch.cuda.mem_get_info(device)[1]
@@ -153,7 +157,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
         torch.cuda.reset_peak_memory_stats(device)
     began, phases, names = time.perf_counter(), shape.phases, list(arms)
     replays = _captured(bench, shape, phases)
-    captured_s = round(time.perf_counter() - began, 1)
+    seconds = {"capture": time.perf_counter() - began}
 
     def timed(name: str) -> list[float]:
         """Milliseconds of each phase by this rank's clock, all ranks let go together."""
@@ -164,6 +168,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             taken.append(events_ms(replays[phase, name], new_tokens if phase.startswith("tpot") else 1))
         return taken
 
+    began = time.perf_counter()
     times = torch.zeros(len(phases), len(names), shape.repeats, dtype=torch.float64)
     with no_garbage_collection():
         for _ in range(settings["warmup"]):
@@ -173,7 +178,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             for place in arm_order(len(names), repeat):
                 times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
             told(repeat + 1)
-    found = all_reduce.slowest(times, device)
+    found, seconds["time"] = all_reduce.slowest(times, device), time.perf_counter() - began
     peak = torch.tensor(float(torch.cuda.max_memory_allocated(device) if on_cuda else 0), dtype=torch.float64)
     messages = _messages(shape, model.embedding.shape[1])
     return {
@@ -181,8 +186,8 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             phase: {name: [round(ms, 4) for ms in found[p, a].tolist()] for a, name in enumerate(names)}
             for p, phase in enumerate(phases)
         },
-        "capture_s": captured_s,
-        "fused_output": model.fused_output,
+        "seconds": seconds,
+        "decode_kernels": model.decode_kernels,
         "nccl_environment": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "peak_memory_gb": round(float(all_reduce.slowest(peak, device)) / 1e9, 3),
         "rates": {
