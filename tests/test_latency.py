@@ -1,6 +1,7 @@
 """CPU latency: one real session of two ranks, and the statistics on numbers made up here."""
 
 import dataclasses
+import itertools
 import json
 import tempfile
 import time
@@ -129,14 +130,17 @@ def test_a_setting_has_its_default_in_the_configuration_and_nowhere_else() -> No
 def test_a_steady_drift_falls_on_all_arms_alike(num_arms: int) -> None:
     repeats = 6
     places = np.array(
-        [np.argsort(arm_order(num_arms, repeat)) for repeat in range(repeats)]
+        [np.argsort(arm_order(num_arms, repeat, seed=1)) for repeat in range(repeats)]
     )  # [repeat, arm] -> position
     assert all(sorted(row) == list(range(num_arms)) for row in places.tolist())
     assert len(set(places.sum(axis=0).tolist())) == 1
 
 
-def test_the_first_arm_changes_over_the_repeats() -> None:
-    assert {arm_order(3, repeat)[0] for repeat in range(6)} == {0, 1, 2}
+def test_every_arm_follows_every_other_one_sooner_or_later_in_an_order_of_each_launch() -> None:
+    orders = [arm_order(7, repeat, seed=0) for repeat in range(40)]
+    assert {pair for order in orders for pair in itertools.pairwise(order)} == set(itertools.permutations(range(7), 2))
+    assert orders == [arm_order(7, repeat, seed=0) for repeat in range(40)]
+    assert orders != [arm_order(7, repeat, seed=1) for repeat in range(40)]
 
 
 def made_up_session(launches: int) -> dict[str, Any]:

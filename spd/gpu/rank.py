@@ -175,7 +175,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             for name in names:
                 timed(name)
         for repeat in range(shape.repeats):
-            for place in arm_order(len(names), repeat):
+            for place in arm_order(len(names), repeat, settings["seed"]):
                 times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
             told(repeat + 1)
     found, seconds["time"] = all_reduce.slowest(times, device), time.perf_counter() - began
