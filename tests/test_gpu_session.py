@@ -178,7 +178,9 @@ class Launches:
         self.asked: list[tuple[str, int, int]] = []
         self.failing: set[str] = set()
         self.here = {"gpu": "none", "date": "2026-11-27"}
-        monkeypatch.setattr(measure, "SHAPES", dict(zip(("2x32", "1x150"), map(self.shape, sessions), strict=True)))
+        for session in self.found:
+            session["blocks_alone"] = False
+        monkeypatch.setattr(measure, "SHAPES", dict(zip(("2x32", "1x150"), map(self.shape, self.found), strict=True)))
         monkeypatch.setattr(measure, "measure_gpu_latency", self.launch)
         monkeypatch.setattr(measure, "here", lambda: dict(self.here))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**10, 8 * 10**10))
@@ -191,8 +193,9 @@ class Launches:
         self.asked.append((options["interconnect"], options["first_launch"], len(shapes)))
         if options["interconnect"] in self.failing:
             raise RankFailed("rank 1 of 2 died")
-        of = {"launches": 1, "interconnect": options["interconnect"]}
-        return [session | of for session in self.found if self.shape(session) in shapes]
+        of = {"launches": 1, "interconnect": options["interconnect"], "new_tokens": options["new_tokens"]}
+        lengths = [shape.prompt_length for shape in shapes]
+        return [session | of for session in self.found if session["prompt_length"] in lengths]
 
 
 @pytest.fixture
@@ -252,6 +255,19 @@ def test_launches_of_different_gpus_are_not_put_together(
     rows = pd.read_csv(tmp_path / "latency.csv")
     assert set(rows["launches"]) == {2}
     assert set(rows["date"]) == {"2026-11-27, 2026-11-28"}
+
+
+def test_launches_that_measure_otherwise_are_not_put_together(
+    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(tmp_path), "--models", "llama2_7b", "--interconnects", "native", "--shapes", "2x32", "--launches"]
+    measure.main([*command, "1"])
+    measure.main([*command, "2", "--blocks-alone"])
+    assert "has launches of it with 2x32: blocks_alone False, here True; take another folder" in capsys.readouterr().out
+    monkeypatch.setattr(measure, "NEW_TOKENS", 9)
+    measure.main([*command, "2"])
+    assert "has launches of it with 2x32: new_tokens 4, here 9; take another folder" in capsys.readouterr().out
+    assert len(launches.asked) == 1
 
 
 def test_shapes_of_large_models_are_repeated_half_as_often_and_left_out_where_they_do_not_fit(

@@ -33,7 +33,7 @@ from spd.launch import RankFailed
 
 DROPS = (0.0, 0.25, 0.5, 0.7, 1.0)
 SHAPES = {
-    "1x128": Shape(1, 128, decode_at=256, repeats=20, blocks_alone=True),
+    "1x128": Shape(1, 128, decode_at=256, repeats=20),
     "16x128": Shape(16, 128, decode_at=256, repeats=12),
     "1x2048": Shape(1, 2048, decode_at=None, repeats=20),
     "16x2048": Shape(16, 2048, decode_at=None, repeats=4),
@@ -41,7 +41,7 @@ SHAPES = {
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 LARGE = 2 * 10**10
 """Bytes of a rank's weights from which on a shape is repeated half as often."""
-NEW_TOKENS = 8
+NEW_TOKENS = 4
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
 
@@ -77,6 +77,7 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             "over_floor": found["over_floor"][metric],
             "communication_share": shares.get("share"),
             "communication_overlap": shares.get("overlap"),
+            "decode_kernels": json.dumps(session["decode_kernels"][0]) if metric == "tpot_ms" else None,
             "all_reduce": chosen.get("kind"),
             "all_reduce_us": chosen["us"][chosen["kind"]] if chosen else None,
             "fell_back": json.dumps(chosen.get("fell_back", {})),
@@ -143,34 +144,39 @@ def add_launch(
     """Adds one launch of some shapes to what `sessions.json` has of a model and interconnect.
 
     Raises:
-        UserError: what is there was measured with another GPU or other versions, or as `measure_gpu_latency` does.
+        UserError: what is there was measured with another GPU, versions or settings; or as `measure_gpu_latency` does.
         spd.launch.RankFailed: a rank died, or the launch took too long.
     """
-    now, before = here(), entry["here"]
-    if before and (other := [name for name in now if name != "date" and now[name] != before[name]]):
-        said = ", ".join(f"{name} {before[name]}, here {now[name]}" for name in other)
+    now, before, sessions = here(), entry["here"] or {}, entry["sessions"]
+    asked = {name: shape._replace(blocks_alone=options.blocks_alone) for name, shape in shapes.items()}
+    differs = [(name, before[name], now[name]) for name in before if name != "date" and now[name] != before[name]]
+    for shape in set(asked) & set(sessions):
+        wanted = asked[shape]._asdict() | {"new_tokens": NEW_TOKENS}
+        differs += [(f"{shape}: {n}", sessions[shape][n], w) for n, w in wanted.items() if sessions[shape][n] != w]
+    if differs:
+        said = ", ".join(f"{name} {there}, here {here}" for name, there, here in differs)
         raise UserError(f"{options.folder} has launches of it with {said}; take another folder")
-    began, sessions = time.monotonic(), entry["sessions"]
+    began = time.monotonic()
     found = measure_gpu_latency(
         architecture_of(entry["model"]),
         options.tp_size,
         arms_of(entry["blocks"]),
-        list(shapes.values()),
+        list(asked.values()),
         dtype="bfloat16",
         new_tokens=NEW_TOKENS,
         launches=1,
         first_launch=launch,
-        warmup=1,
+        warmup=options.warmup,
         all_reduce="auto",
         interconnect=link,
         tp_plan=options.tp_plan,
         timeout_s=options.timeout,
         log_dir=options.folder / "logs",
     )
-    for name, session in zip(shapes, found, strict=True):
+    for name, session in zip(asked, found, strict=True):
         sessions[name] = merged(sessions[name], session) if name in sessions else session
     entry["took_s"] = round(time.monotonic() - began)
-    dates = {now["date"], *(before["date"].split(", ") if before else [])}
+    dates = {now["date"], *before.get("date", now["date"]).split(", ")}
     entry["here"] = now | {"date": ", ".join(sorted(dates))}
 
 
@@ -210,6 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--launches", type=int, default=3, help="how many there shall be, those that are there included"
     )
+    parser.add_argument("--blocks-alone", action="store_true", help="time the decoder blocks by themselves too")
+    parser.add_argument("--warmup", type=int, default=1, help="how often every arm runs before it is timed")
     parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
     parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch that would end later")
