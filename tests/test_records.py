@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.gpu_latency.alone import table
+from experiments.gpu_latency import alone, measure, probe
 from experiments.long_text.draw import ends
 from experiments.recovery.compare import difference
 from experiments.recovery.draw import everything_dropped, over_seeds
@@ -154,6 +154,36 @@ def test_an_evaluations_throughput_is_its_record_and_what_was_asked() -> None:
 def test_one_rank_on_a_gpu_is_as_far_above_its_floor_as_the_readme_says() -> None:
     folder = EXPERIMENTS / "gpu_latency"
     rows = pd.read_csv(folder / "alone.csv")
-    assert table(rows) in (folder / "README.md").read_text()
+    assert alone.table(rows) in (folder / "README.md").read_text()
     decoding = rows[(rows["phase"] != "prefill") & (rows["batch_size"] == 1)].set_index(["model", "arm"])["over_floor"]
     assert decoding["llama2_70b"].max() < 1.3
+
+
+def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
+    folder = EXPERIMENTS / "gpu_latency"
+    readme = (folder / "README.md").read_text()
+
+    def record(name: str) -> pd.DataFrame:
+        return pd.read_csv(folder / f"h200x2/{name}.csv", dtype={"arm": str})
+
+    latest, first, tp_plan = record("latency"), record("first"), record("tp_plan")
+    assert measure.table(latest) in readme
+    assert measure.table(first[first["model"] == "llama2_70b"]) in readme
+    assert probe.table(record("all_reduce")) in readme
+    assert {(*row,) for rows in (latest, first, tp_plan) for row in rows[["gpu", "date"]].to_numpy()} == {
+        ("NVIDIA H200", "2026-11-27")
+    }
+    # Decoder blocks alone against the prototype's, whole forwards against their floors.
+    alone_ms = latest[(latest["interconnect"] == "native") & latest["blocks_alone_ms_median"].notna()]
+    alone_ms = alone_ms.set_index(["metric", "arm"])["blocks_alone_ms_median"]
+    prototype = {("ttft_ms", "0"): 3.89, ("ttft_ms", "32"): 3.34, ("tpot_ms", "0"): 3.23, ("tpot_ms", "32"): 2.99}
+    assert all(alone_ms[arm] <= ms for arm, ms in prototype.items())
+    for rows, most in ((latest, 1.605), (first[first["model"] == "llama2_70b"], 1.3)):
+        tp = rows[(rows["metric"] == "tpot_ms") & (rows["batch_size"] == 1) & (rows["arm"] == "0")]
+        assert tp["over_floor"].max() <= most
+    theirs = tp_plan[tp_plan["arm"] == "tp_plan"].set_index("metric")["times_ours_median"]
+    assert theirs["ttft_ms"] >= 8
+    assert f"{theirs['ttft_ms']:.0f} and {theirs['tpot_ms']:.0f} times" in readme
+    of_70b = first[(first["model"] == "llama2_70b") & (first["interconnect"] == "lbw") & (first["arm"] == "56")]
+    saved = of_70b[of_70b["metric"] == "ttft_ms"]["speedup_percent_median"]
+    assert "{:.1f} % shorter (128 tokens, batch 1), {:.1f} % (batch 16) and {:.1f} %".format(*saved) in readme
