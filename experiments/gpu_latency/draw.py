@@ -77,10 +77,14 @@ def kind_of(kernel: dict[str, Any]) -> str:
     if kernel["communicates"]:
         return "all-reduce"
     name = kernel["name"].lower()
-    if any(word in name for word in ("flash", "fmha", "attention", "cudnn_generated")):
+    # In decoding attention is Triton kernels: scores (a sum over the transposed queries), softmax, and its product.
+    attention = ("flash", "fmha", "attention", "cudnn_generated", "softmax", "sum_transpose")
+    products = ("gemm", "nvjet", "cutlass", "gemv", "splitk")
+    if any(word in name for word in attention):
         return "attention"
-    products = ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_")
-    return "matrix product" if any(word in name for word in products) else "the rest"
+    # Triton's with one token: a reduction over a transposed weight; elementwise kernels have the products' names too.
+    triton = name.startswith("triton_red") and "_mm_" in name and "_t_" in name
+    return "matrix product" if triton or any(word in name for word in products) else "the rest"
 
 
 def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
