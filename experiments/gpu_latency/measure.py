@@ -88,7 +88,7 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
     if session["tp_plan"] is not None:
         theirs = summarise(session, "0")["tp_plan"]
         for metric in session["metrics"]:
-            times = {f"{name}_ms": theirs[metric][name] for name in ("median", "low", "high")}
+            times = {f"{name}_ms": theirs[metric][name] for name in ("median", "low", "high", "p10", "p90")}
             slower = {f"times_ours_{name}": theirs["times_ours"][metric][name] for name in ("median", "low", "high")}
             rows.append(dict.fromkeys(rows[0]) | of_all | {"metric": metric, "arm": ARMS["tp_plan"], **times, **slower})
     return rows

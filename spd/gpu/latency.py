@@ -283,7 +283,8 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
         entry["communication"][metric] = {"before": shares.get(baseline), "after": shares.get(arm)}
     if session["tp_plan"] is not None:
         theirs = {metric: [float(np.median(one)) for one in times] for metric, times in session["tp_plan"].items()}
-        entry["tp_plan"] = {metric: _bootstrap(times) for metric, times in theirs.items()}
+        spread = {metric: _spread(np.concatenate(times)) for metric, times in session["tp_plan"].items()}
+        entry["tp_plan"] = {metric: _bootstrap(times) | spread[metric] for metric, times in theirs.items()}
         entry["tp_plan"]["times_ours"] = {
             metric: _bootstrap((np.array(times) / medians(metric, arm)).tolist()) for metric, times in theirs.items()
         }
