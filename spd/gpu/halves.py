@@ -90,13 +90,19 @@ class Weights(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The functions of prefill, or of decoding."""
+    """The functions of prefill, or of decoding: those of `Halves`."""
 
-    attention: Callable[..., tuple[Tensor, Tensor]]
-    """`Halves.prefill_attention` or `decode_attention`"""
+    attention_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+    attention_output: Callable[[Tensor, Weights], Tensor]
     mlp_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor, Tensor]]
     tp_output: Callable[[Tensor, Weights], Tensor]
     spd_output: Callable[[Tensor, Tensor, Weights], Tensor]
+
+    def attention(self, residual: Tensor, summed: Tensor, w: Weights, *where: Any) -> tuple[Tensor, Tensor]:
+        """`X` and `P_i` [B, T, D]; `where` is what `attend` takes beside queries, keys and values."""
+        x, qkv = self.attention_input(residual, summed, w)
+        return x, self.attention_output(self.attend(qkv, *where), w)
 
     def mlp(self, x: Tensor, attended: Tensor, w: Weights, *, dropped: bool) -> tuple[Tensor, Tensor]:
         """`R` and `S_i` [B, T, D], from `X` and the sum of the `P_i`; where the block is dropped, from `X` and `P_i`,
@@ -105,6 +111,10 @@ class Stage(NamedTuple):
         if dropped:
             return of_spd, self.spd_output(product, attended, w)
         return of_tp, self.tp_output(product, w)
+
+
+PRODUCTS = tuple(name for name in Stage._fields if name != "attend")
+"""Those functions of a stage that are a matrix product, with what is fused with it."""
 
 
 class Halves:
@@ -117,9 +127,7 @@ class Halves:
 
     def __init__(self, family: Family, config: PretrainedConfig, *, compiled: bool) -> None:
         settings: Any = config
-        heads, kv_heads = family.heads(config)
-        self.head_size = getattr(config, "head_dim", None) or settings.hidden_size // heads
-        self.group = heads // kv_heads
+        self.head_size = getattr(config, "head_dim", None) or settings.hidden_size // family.heads(config)[0]
         self.gated = len(family.mlp_input) == 2
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[
             settings.hidden_act if self.gated else settings.activation_function
@@ -141,13 +149,15 @@ class Halves:
             total.addmm_(activated(product).flatten(0, 1), w.mlp_output.T)
             return partial
 
-        outputs = tp_output, spd_output
-        self.prefill = Stage(built(self.prefill_attention), built(self.mlp_input), *outputs)
-        # One token is products of a matrix and a vector, which become Triton kernels, fused with what is around them.
-        every = self.decode_attention, self.mlp_input, self.tp_output, self.spd_output
-        tuned = Stage(*(built(f, coordinate_descent_tuning=True) for f in every))
-        self.decode = {"tuned": tuned, "plain": Stage(built(self.decode_attention), built(self.mlp_input), *outputs)}
-        """Triton kernels chosen by trial, and the libraries' products: which is quicker depends on sizes, and luck."""
+        self.prefill = Stage(
+            built(self.attention_input), built(self.prefill_attention), self.attention_output, built(self.mlp_input),
+            tp_output, spd_output,
+        )  # fmt: skip
+        plain = self.prefill._replace(attend=built(self.decode_attention))
+        # One token's products are of a matrix and a vector, and become Triton kernels, fused with what is around them.
+        products = {name: built(getattr(self, name), coordinate_descent_tuning=True) for name in PRODUCTS}
+        self.decode = {"tuned": plain._replace(**products), "plain": plain}
+        """Products as Triton kernels chosen by trial, or the library's: which is quicker depends on sizes, and luck."""
         self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,56 +167,55 @@ class Halves:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-    def _qkv(
-        self, residual: Tensor, summed: Tensor, w: Weights, rope: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """X [B, T, D], queries [B, H/N, T, h], keys and values [B, K/N, T, h]."""
+    def attention_input(self, residual: Tensor, summed: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """`X` [B, T, D]; queries, keys and values [B, T, (H + 2 K) h / N]."""
         x = residual + summed
-        qkv = F.linear(self.norm(x, w.norm1, w.norm1_bias), w.qkv, w.qkv_bias).unflatten(-1, (-1, self.head_size))
-        queries = w.attention_output.shape[1] // self.head_size
-        rest = (qkv.shape[2] - queries) // 2
-        q, k, v = (part.transpose(1, 2) for part in qkv.split([queries, rest, rest], dim=2))
+        return x, F.linear(self.norm(x, w.norm1, w.norm1_bias), w.qkv, w.qkv_bias)
+
+    def _split(self, qkv: Tensor, kv_heads: int, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H/N, T, h], keys and values [B, K/N, T, h], with their positions in them."""
+        heads = qkv.unflatten(-1, (-1, self.head_size))
+        q, k, v = (
+            part.transpose(1, 2) for part in heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+        )
         if rope is not None:
             q, k = (_rotated(part, *rope) for part in (q, k))
-        return x, q, k, v
+        return q, k, v
 
     def prefill_attention(
-        self,
-        residual: Tensor,
-        summed: Tensor,
-        w: Weights,
-        rope: tuple[Tensor, Tensor] | None,
-        keys: Tensor,
-        values: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`X` and `P_i` [B, T, D] of the prompt; fills the cache [B, K/N, C, h] from its beginning."""
-        x, q, k, v = self._qkv(residual, summed, w, rope)
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """What the heads find [B, T, H h / N] of the prompt; fills the cache [B, K/N, C, h] from its beginning."""
+        q, k, v = self._split(qkv, keys.shape[1], rope)
         keys[:, :, : k.shape[2]] = k
         values[:, :, : v.shape[2]] = v
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return x, F.linear(heads.transpose(1, 2).flatten(2), w.attention_output)
+        return heads.transpose(1, 2).flatten(2)
 
     def decode_attention(
         self,
-        residual: Tensor,
-        summed: Tensor,
-        w: Weights,
+        qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         values: Tensor,
         position: Tensor,
         mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`X` and `P_i` [B, 1, D] of the token at `position` [1]; `mask` [C] is True up to it."""
-        x, q, k, v = self._qkv(residual, summed, w, rope)
+    ) -> Tensor:
+        """What the heads find [B, 1, H h / N] of the token at `position` [1]; `mask` [C] is True up to it."""
+        q, k, v = self._split(qkv, keys.shape[1], rope)
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
         # One query a head is no work for an attention kernel: products and softmax become two reductions.
         of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
         scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * self.head_size**-0.5  # [B, K/N, G, C]
         shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(x.dtype)  # [B, K/N, G, h]
-        return x, F.linear(heads.flatten(1).unsqueeze(1), w.attention_output)
+        heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(qkv.dtype)  # [B, K/N, G, h]
+        return heads.flatten(1).unsqueeze(1)
+
+    @staticmethod
+    def attention_output(heads: Tensor, w: Weights) -> Tensor:
+        """`P_i` [B, T, D]."""
+        return F.linear(heads, w.attention_output)
 
     def mlp_input(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """`R` [B, T, D] of a TP and of an SPD block, and the MLP's input product [B, T, F/N] or [B, T, 2 F/N], from `X`

@@ -21,7 +21,7 @@ from spd.checkpoint import Checkpoint
 from spd.families import Family
 from spd.gpu import graphs
 from spd.gpu.all_reduce import AllReduce, slowest
-from spd.gpu.halves import Halves, Stage, Weights
+from spd.gpu.halves import PRODUCTS, Halves, Stage, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
 
@@ -113,7 +113,7 @@ class GraphModel:
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
         self._kv_heads, self._vocab_size = kv_heads // self.halves.head_size, settings.vocab_size
-        self._chosen: dict[tuple[int, int], dict[str, str]] = {}
+        self._chosen: dict[str, str] = {}
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         """Where in the sequence the last token stands; prefill sets it, a decoding step moves it on."""
         self.resize(batch_size, prompt_length, cache_length)
@@ -129,8 +129,9 @@ class GraphModel:
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
         self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
         """Logits [B, V] that `token` was chosen by."""
-        self.decode_kernels = dict.fromkeys(Stage._fields, "tuned")
-        """Of each function of a decoding step, which of `Halves.decode` is used: chosen when one is first captured."""
+        self.decode_kernels = dict.fromkeys(PRODUCTS, "tuned" if batch_size == 1 else "plain")
+        """Of each product of a decoding step, which of `Halves.decode` is used. Of one sequence, whose products can be
+        Triton kernels, it is chosen when a step is first captured."""
         self._columns = torch.arange(cache_length, device=self.device)
         self._warm: set[int | None] = set()
 
@@ -271,38 +272,39 @@ class GraphModel:
 
         self.position.zero_()
         graphs.warm_up(run, self.device, times=2)
-        if reach is not None:
-            chosen = len(self.token), reach
-            if chosen not in self._chosen:
-                self._chosen[chosen] = self._quicker_kernels(reach)
-            self.decode_kernels = self._chosen[chosen]
+        if decode and len(self.token) == 1:
+            self._chosen = self._chosen or self._quicker_kernels()
+            self.decode_kernels = self._chosen
             graphs.warm_up(run, self.device, times=2)
 
     @property
     def _decode_stage(self) -> Stage:
-        return Stage(**{name: getattr(self.halves.decode[kind], name) for name, kind in self.decode_kernels.items()})
+        versions = self.halves.decode
+        return versions["plain"]._replace(
+            **{name: getattr(versions[kind], name) for name, kind in self.decode_kernels.items()}
+        )
 
-    def _quicker_kernels(self, reach: int) -> dict[str, str]:
-        """Of each function of a decoding step the version that is quicker on the slowest rank."""
-        residual, _, rope, positions = self._embed(self.token, self.position)
+    def _quicker_kernels(self) -> dict[str, str]:
+        """Of each product of a decoding step the version that is quicker on the slowest rank."""
+        residual = self._embed(self.token, self.position).residual
         x, attended = torch.randn_like(residual), torch.randn_like(residual)
-        product = self._decode_stage.mlp_input(x, attended, self.blocks[0])[2]
-        where = (positions, self._columns[:reach] <= positions)
-
+        inner = self._decode_stage.mlp_input(x, attended, self.blocks[0])[2]
+        heads = x.new_zeros(*x.shape[:2], self.blocks[0].attention_output.shape[1])
         calls: dict[str, Callable[..., object]] = {
-            "attention": lambda f, w, *cache: f(x, attended, w, rope, *(part[:, :, :reach] for part in cache), *where),
-            "mlp_input": lambda f, w, *_: f(x, attended, w),
-            "tp_output": lambda f, w, *_: f(product, w),
-            "spd_output": lambda f, w, *_: f(product, attended, w),
+            "attention_input": lambda f, w: f(x, attended, w),
+            "attention_output": lambda f, w: f(heads, w),
+            "mlp_input": lambda f, w: f(x, attended, w),
+            "tp_output": lambda f, w: f(inner, w),
+            "spd_output": lambda f, w: f(inner, attended, w),
         }
 
         def run(name: str, function: Callable[..., object]) -> None:
-            for w, cache in zip(self.blocks[:16], self.cache, strict=False):  # together too large for any cache
-                calls[name](function, w, *cache)
+            for w in self.blocks[:16]:  # together too large for any cache
+                calls[name](function, w)
 
         versions = self.halves.decode
-        taken = torch.zeros(len(Stage._fields), len(versions), dtype=torch.float64)
-        for place, name in enumerate(Stage._fields):
+        taken = torch.zeros(len(PRODUCTS), len(versions), dtype=torch.float64)
+        for place, name in enumerate(PRODUCTS):
             for version, stage in enumerate(versions.values()):
                 one = functools.partial(run, name, getattr(stage, name))
                 graphs.warm_up(one, self.device)
@@ -311,4 +313,4 @@ class GraphModel:
         if dist.is_initialized():
             taken = slowest(taken, self.device)
         names = list(versions)
-        return {name: names[int(best)] for name, best in zip(Stage._fields, taken.argmin(1), strict=True)}
+        return {name: names[int(best)] for name, best in zip(PRODUCTS, taken.argmin(1), strict=True)}
