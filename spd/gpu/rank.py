@@ -187,7 +187,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             for p, phase in enumerate(phases)
         },
         "seconds": seconds,
-        "decode_kernels": model.decode_kernels,
+        "decode_kernels": None if shape.decode_at is None else model.decode_kernels,
         "nccl_environment": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "peak_memory_gb": round(float(all_reduce.slowest(peak, device)) / 1e9, 3),
         "rates": {
