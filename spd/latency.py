@@ -233,8 +233,7 @@ def arm_order(num_arms: int, repeat: int, seed: int) -> list[int]:
     """In which order the arms are timed in one repeat of the launch of this seed.
 
     Each odd repeat runs the one before it backwards, so that in the two together a steady drift falls on all arms
-    alike. Each two have an order of their own by chance: an arm can be slower for the one before it (on two H200s TP by
-    5 % after an arm that left the links idle), and so none always follows the same one.
+    alike. Each two have an order of their own by chance, as an arm can be slower for the one before it.
     """
     places = random.Random(f"{seed} {repeat // 2}").sample(range(num_arms), num_arms)
     return places[::-1] if repeat % 2 else places

@@ -19,7 +19,7 @@ RANKS_DROP = [0, 5, 11]
 
 
 def compared(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
-    """Raises unless a model, captured where that can be, gives the wanted logits with every kind of all-reduce."""
+    """Raises unless a model, compiled and captured on GPUs, gives the wanted logits with every kind of all-reduce."""
     rank, folder, given = int(os.environ["RANK"]), Path(settings["folder"]), load_file(settings["want"])
     device, config = start(settings, rank), read_config(folder)
     ids, want, equal = given["ids"].to(device), given["want"], []
@@ -29,7 +29,7 @@ def compared(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
         model = GraphModel(
             config, family_of(config), dist.get_world_size(), rank, checkpoint=Checkpoint(folder),
             batch_size=len(ids), cache_length=64, prompt_length=ids.shape[1], all_reduce=reduce, dtype=torch.float32,
-            device=device, compiled=False,
+            device=device, compiled=device.type == "cuda",
         )  # fmt: skip
         first, step = model.capture(arm, decode=False), model.capture(arm, decode=True)
         model.prompt.copy_(ids)

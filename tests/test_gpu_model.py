@@ -207,11 +207,13 @@ def test_an_all_reduce_that_cannot_be_is_said() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("dropped", [(), (0, 5, 11)])
+@pytest.mark.parametrize(("dropped", "batch"), [((), 2), ((0, 5, 11), 1)])
 @every_family
-def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(folder: Path, dropped: tuple) -> None:
-    arm, ids = Arm(frozenset(dropped)), prompts(folder, 2, "cuda")
-    options = {"batch_size": 2, "cache_length": 128, "device": "cuda"}
+def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(
+    folder: Path, dropped: tuple, batch: int
+) -> None:
+    arm, ids = Arm(frozenset(dropped)), prompts(folder, batch, "cuda")
+    options = {"batch_size": batch, "cache_length": 128, "device": "cuda"}
     exact, plain = graph_model(folder, **options), graph_model(folder, **options, dtype=torch.bfloat16)
     captured = graph_model(folder, **options, dtype=torch.bfloat16, compiled=True)
     first, step = captured.capture(arm, decode=False), captured.capture(arm, decode=True, reach=PROMPT + 64)
@@ -241,8 +243,8 @@ def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(folder:
 @on_gpu
 def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
     folder = REFERENCE[2]
-    ids, arm = prompts(folder, 2, "cuda"), Arm(frozenset({3, 4}))
-    options = {"batch_size": 2, "cache_length": 128, "device": "cuda"}
+    ids, arm = prompts(folder, 1, "cuda"), Arm(frozenset({3, 4}))
+    options = {"cache_length": 128, "device": "cuda"}
     captured = graph_model(folder, **options, compiled=True)
     first, step = captured.capture(arm, decode=False), captured.capture(arm, decode=True)
     want, _ = greedy(graph_model(folder, **options), ids, arm, 64)
@@ -285,7 +287,7 @@ def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ids = prompts(folder, 2)
+    ids = prompts(folder, 2 if "cpu" in devices else 1)  # of one sequence, products are Triton kernels too
     virtual = spd.load(folder, tp_size=2, dtype="float32")
     virtual.drop(RANKS_DROP)
     tokens, want = ids, []
@@ -298,9 +300,9 @@ def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
     asked = {"folder": str(folder), "want": str(tmp_path / "want.safetensors"), "kinds": kinds, "devices": devices}
     found = run_ranks(
         "gpu_ranks:compared",
-        asked | {"tp_size": 2, "timeout_s": 60},
+        asked | {"tp_size": 2, "timeout_s": 200},
         tp_size=2,
-        timeout_s=120,
+        timeout_s=300,
         environment=environment | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
     )
     assert found["equal"] == kinds

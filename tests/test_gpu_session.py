@@ -177,6 +177,7 @@ class Launches:
         self.found = json.loads(json.dumps(sessions).replace('"3":', '"32":'))  # of three blocks, all
         self.asked: list[tuple[str, int, int]] = []
         self.failing: set[str] = set()
+        self.timeouts: list[float] = []
         self.here = {"gpu": "none", "date": "2026-11-27"}
         for session in self.found:
             session["blocks_alone"] = False
@@ -193,7 +194,8 @@ class Launches:
         self.asked.append((options["interconnect"], options["first_launch"], len(shapes)))
         if options["interconnect"] in self.failing:
             raise RankFailed("rank 1 of 2 died")
-        of = {"launches": 1, "interconnect": options["interconnect"], "new_tokens": options["new_tokens"]}
+        of = {"launches": 1, **{name: options[name] for name in ("interconnect", "new_tokens", "warmup")}}
+        self.timeouts.append(options["timeout_s"])
         lengths = [shape.prompt_length for shape in shapes]
         return [session | of for session in self.found if session["prompt_length"] in lengths]
 
@@ -208,7 +210,8 @@ def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_el
 ) -> None:
     command = [str(tmp_path / "out"), "--models", "llama2_7b", "--shapes"]
     launches.failing = {"lbw"}
-    measure.main([*command, "2x32", "--launches", "1"])
+    with pytest.raises(SystemExit, match="1 launches failed"):
+        measure.main([*command, "2x32", "--launches", "1"])
     assert "llama2_7b tp2 lbw, launch 0: rank 1 of 2 died" in capsys.readouterr().out
     assert launches.asked == [("native", 0, 1), ("lbw", 0, 1)]
     launches.failing = set()
@@ -223,6 +226,11 @@ def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_el
     measure.main([*command, "2x32", "--launches", "3", "--seconds", "60"])
     assert launches.asked[6:] == [("native", 2, 1)]
     assert "llama2_7b tp2 lbw, launch 2: not begun" in capsys.readouterr().out
+    assert launches.timeouts[-2] == 500
+    assert 50 < launches.timeouts[-1] <= 60
+    # So is one that is new.
+    measure.main([str(tmp_path / "out"), "--models", "llama2_13b", "--shapes", "2x32", "--seconds", "60"])
+    assert "llama2_13b tp2 native, launch 0: not begun" in capsys.readouterr().out
     measure.main([*command, "2x32", "--launches", "0"])
     assert len(launches.asked) == 7
     rows = pd.read_csv(tmp_path / "out/latency.csv", dtype={"arm": str})
@@ -250,7 +258,8 @@ def test_launches_of_different_gpus_are_not_put_together(
     launches.here["date"] = "2026-11-28"
     measure.main([*command, "2"])
     launches.here["gpu"] = "another"
-    measure.main([*command, "3"])
+    with pytest.raises(SystemExit, match="1 launches failed"):
+        measure.main([*command, "3"])
     assert "has launches of it with gpu none, here another; take another folder" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "latency.csv")
     assert set(rows["launches"]) == {2}
@@ -262,10 +271,13 @@ def test_launches_that_measure_otherwise_are_not_put_together(
 ) -> None:
     command = [str(tmp_path), "--models", "llama2_7b", "--interconnects", "native", "--shapes", "2x32", "--launches"]
     measure.main([*command, "1"])
-    measure.main([*command, "2", "--blocks-alone"])
-    assert "has launches of it with 2x32: blocks_alone False, here True; take another folder" in capsys.readouterr().out
+    for option in ("blocks_alone", "tp_plan"):
+        with pytest.raises(SystemExit, match="1 launches failed"):
+            measure.main([*command, "2", f"--{option.replace('_', '-')}"])
+        assert f"has launches of it with 2x32: {option} False, here True; take another" in capsys.readouterr().out
     monkeypatch.setattr(measure, "NEW_TOKENS", 9)
-    measure.main([*command, "2"])
+    with pytest.raises(SystemExit, match="1 launches failed"):
+        measure.main([*command, "2"])
     assert "has launches of it with 2x32: new_tokens 4, here 9; take another folder" in capsys.readouterr().out
     assert len(launches.asked) == 1
 

@@ -83,7 +83,7 @@ def kind_of(kernel: dict[str, Any]) -> str:
     if any(word in name for word in attention):
         return "attention"
     # Triton's with one token: a reduction over a transposed weight; elementwise kernels have the products' names too.
-    triton = name.startswith("triton_red") and "_mm_" in name and "_t_" in name
+    triton = name.startswith(("triton_red", "triton_per")) and "_mm_" in name and "_t_" in name
     return "matrix product" if triton or any(word in name for word in products) else "the rest"
 
 
@@ -98,6 +98,8 @@ def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
         for metric, arms in (session["timeline"][0] or {}).items()
         if len(arms) == 2 and all(arms.values())
     ]
+    if not panels:
+        raise SystemExit(f"{path.name}: there is no whole trace of a block to draw")
     figure = Figure(figsize=(11, 1.5 * len(panels) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (session, metric, arms) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):

@@ -3,14 +3,15 @@
     python -m experiments.gpu_latency.measure out --models llama2_7b --tp-size 2 --interconnects native --launches 3
     python -m experiments.gpu_latency.measure out --launches 0      # out/latency.csv and the table of what is there
 
-What `python run.py experiment=gpu_latency` measures, for machines that have neither Hydra nor lm-eval, and with all
-shapes in one launch. Weights are random. `out/sessions.json` is written after every launch, and launches are added to
-what is in it: a measurement can be stopped and go on, and a launch that fails loses nothing else; its ranks' output is
-in `out/logs`. A row of the CSV is one arm of one phase: milliseconds and speed-ups with what
-`spd.gpu.latency.summarise` says of them.
+The models, interconnects, shapes and arms of `python run.py experiment=gpu_latency`, with fewer tokens and repeats, for
+machines that have neither Hydra nor lm-eval, and with all shapes in one launch. Weights are random. `out/sessions.json`
+is written after every launch, and launches are added to what is in it: a measurement can be stopped and go on, and a
+launch that fails loses nothing else; its ranks' output is in `out/logs`. A row of the CSV is one arm of one phase:
+milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import subprocess
@@ -27,6 +28,7 @@ from spd.checkpoint import read_architecture
 from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
+from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.latency import Shape, measure_gpu_latency, merged, summarise
 from spd.gpu.memory import needed
 from spd.launch import RankFailed
@@ -42,6 +44,8 @@ SHAPES = {
 LARGE = 2 * 10**10
 """Bytes of a rank's weights from which on a shape is repeated half as often."""
 NEW_TOKENS = 4
+WARMUP = 0
+"""As each timing has a forward before it that is not timed."""
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
 
@@ -73,6 +77,8 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             **{f"speedup_percent_{name}": faster[name] for name in ("median", "low", "high")},
             **{f"fraction_of_ceiling_{name}": ceiling.get(name) for name in ("median", "low", "high")},
             **{f"tokens_per_s_{name}": tokens.get(name) for name in ("median", "low", "high", "p10", "p90")},
+            "gpu_bandwidth_gb_per_s": found["rates"]["bandwidth_gb_per_s"],
+            "gpu_tflop_per_s": found["rates"]["tflop_per_s"],
             "floor_ms": found["floor_ms"][metric],
             "over_floor": found["over_floor"][metric],
             "communication_share": shares.get("share"),
@@ -139,7 +145,12 @@ def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> dic
 
 
 def add_launch(
-    entry: dict[str, Any], launch: int, shapes: dict[str, Shape], link: str, options: argparse.Namespace
+    entry: dict[str, Any],
+    launch: int,
+    shapes: dict[str, Shape],
+    link: str,
+    options: argparse.Namespace,
+    timeout_s: float,
 ) -> None:
     """Adds one launch of some shapes to what `sessions.json` has of a model and interconnect.
 
@@ -151,8 +162,9 @@ def add_launch(
     asked = {name: shape._replace(blocks_alone=options.blocks_alone) for name, shape in shapes.items()}
     differs = [(name, before[name], now[name]) for name in before if name != "date" and now[name] != before[name]]
     for shape in set(asked) & set(sessions):
-        wanted = asked[shape]._asdict() | {"new_tokens": NEW_TOKENS}
-        differs += [(f"{shape}: {n}", sessions[shape][n], w) for n, w in wanted.items() if sessions[shape][n] != w]
+        wanted = asked[shape]._asdict() | {"new_tokens": NEW_TOKENS, "warmup": WARMUP, "tp_plan": options.tp_plan}
+        there = sessions[shape] | {"tp_plan": sessions[shape]["tp_plan"] is not None}
+        differs += [(f"{shape}: {name}", there[name], value) for name, value in wanted.items() if there[name] != value]
     if differs:
         said = ", ".join(f"{name} {there}, here {here}" for name, there, here in differs)
         raise UserError(f"{options.folder} has launches of it with {said}; take another folder")
@@ -166,11 +178,11 @@ def add_launch(
         new_tokens=NEW_TOKENS,
         launches=1,
         first_launch=launch,
-        warmup=options.warmup,
+        warmup=WARMUP,
         all_reduce="auto",
         interconnect=link,
         tp_plan=options.tp_plan,
-        timeout_s=options.timeout,
+        timeout_s=timeout_s,
         log_dir=options.folder / "logs",
     )
     for name, session in zip(asked, found, strict=True):
@@ -193,7 +205,8 @@ def done(entry: dict[str, Any], shape: str) -> int:
 
 
 def here() -> dict[str, Any]:
-    """What this machine measures with."""
+    """What this machine measures with; "engine" is a digest of `spd/gpu`."""
+    sources = b"".join(path.read_bytes() for path in sorted((ROOT / "spd/gpu").glob("*.py")))
     smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -202,6 +215,7 @@ def here() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[attr-defined]
+        "engine": hashlib.sha256(sources).hexdigest()[:8],
     }
 
 
@@ -209,37 +223,41 @@ def main(arguments: list[str] | None = None) -> None:
     """Adds the launches that are missing, then writes the CSV and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where sessions.json is, or shall be")
-    parser.add_argument("--models", nargs="+", default=["llama2_7b", "llama2_70b"])
+    models = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml") if "architecture:" in path.read_text())
+    parser.add_argument("--models", nargs="+", default=["llama2_7b", "llama2_70b"], choices=models)
     parser.add_argument("--tp-size", type=int, default=2)
-    parser.add_argument("--interconnects", nargs="+", default=["native", "lbw"])
+    parser.add_argument("--interconnects", nargs="+", default=["native", "lbw"], choices=list(ENVIRONMENT))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument(
         "--launches", type=int, default=3, help="how many there shall be, those that are there included"
     )
     parser.add_argument("--blocks-alone", action="store_true", help="time the decoder blocks by themselves too")
-    parser.add_argument("--warmup", type=int, default=1, help="how often every arm runs before it is timed")
     parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
     parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch that would end later")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
-    file, began, failed = options.folder / "sessions.json", time.monotonic(), 0
+    file, began, failed, failures = options.folder / "sessions.json", time.monotonic(), 0, 0
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for launch, name, link in itertools.product(range(options.launches), options.models, options.interconnects):
         key = f"{name} tp{options.tp_size} {link}"
-        new = {"model": name, "here": None, "sessions": {}, "took_s": 0}
+        new = {"model": name, "here": None, "sessions": {}, "took_s": None}
         entry = found.get(key, new | {"blocks": architecture_of(name)["num_hidden_layers"]})
         missing = [shape for shape in options.shapes if done(entry, shape) == launch]
         if not missing or not (shapes := fitting(architecture_of(name), options.tp_size, missing)):
             continue
-        if time.monotonic() - began + entry["took_s"] > options.seconds:
+        left = options.seconds - (time.monotonic() - began)
+        expected = entry["took_s"]
+        if expected is None:  # as long as the longest of the others
+            expected = max((other["took_s"] for other in found.values()), default=0)
+        if expected > left:
             print(f"{key}, launch {launch}: not begun, it would end after {options.seconds:g} s", flush=True)
             continue
         try:
-            add_launch(entry, launch, shapes, link, options)
+            add_launch(entry, launch, shapes, link, options, min(options.timeout, left))
         except (UserError, RankFailed) as error:  # what was measured before is not lost with it
             print(f"{key}, launch {launch}: {error}", flush=True)
-            failed += 1
+            failed, failures = failed + 1, failures + 1
             if failed == 2:
                 print("two failed one after the other: no more are begun", flush=True)
                 break
@@ -260,6 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
     ])  # fmt: skip
     rows.round(4).to_csv(options.folder / "latency.csv", index=False)
     print(table(rows))
+    if failures:
+        raise SystemExit(f"{failures} launches failed")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 A block hands on the residual `R`, which all ranks have, and the sum `S` over ranks of the `S_i`; the next one adds
 them, so that additions and norm become one kernel. The equations are those of `spd.block.Block`. Every tensor comes as
-an argument: compiled once, a function serves all blocks. TP and SPD share all but the MLP's output product, so that a
-kernel which was chosen by trial is the same in both, and what they differ by is the all-reduce.
+an argument: compiled once, a function serves all blocks. In decoding, where kernels are chosen by trial, TP and SPD run
+the very same ones, so that what they differ by is the all-reduce.
 
 Legend: B batch, T tokens, C cache length, D hidden size, H query heads, K key/value heads, h head size, F MLP width,
 N ranks.
@@ -95,9 +95,8 @@ class Stage(NamedTuple):
     attention_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
     attention_output: Callable[[Tensor, Weights], Tensor]
-    mlp_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor, Tensor]]
-    tp_output: Callable[[Tensor, Weights], Tensor]
-    spd_output: Callable[[Tensor, Tensor, Weights], Tensor]
+    mlp_input: Callable[[Tensor, Tensor, Weights, bool], tuple[Tensor, Tensor]]
+    mlp_output: Callable[[Tensor, Tensor | None, Weights], Tensor]
 
     def attention(self, residual: Tensor, summed: Tensor, w: Weights, *where: Any) -> tuple[Tensor, Tensor]:
         """`X` and `P_i` [B, T, D]; `where` is what `attend` takes beside queries, keys and values."""
@@ -107,10 +106,8 @@ class Stage(NamedTuple):
     def mlp(self, x: Tensor, attended: Tensor, w: Weights, *, dropped: bool) -> tuple[Tensor, Tensor]:
         """`R` and `S_i` [B, T, D], from `X` and the sum of the `P_i`; where the block is dropped, from `X` and `P_i`,
         which it may overwrite."""
-        of_tp, of_spd, product = self.mlp_input(x, attended, w)
-        if dropped:
-            return of_spd, self.spd_output(product, attended, w)
-        return of_tp, self.tp_output(product, w)
+        residual, hidden = self.mlp_input(x, attended, w, dropped)
+        return residual, self.mlp_output(hidden, attended if dropped else None, w)
 
 
 PRODUCTS = tuple(name for name in Stage._fields if name != "attend")
@@ -140,23 +137,44 @@ class Halves:
         torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape and model
         activated = built(self.activated)
 
-        def tp_output(product: Tensor, w: Weights) -> Tensor:
-            return F.linear(activated(product), w.mlp_output)
-
-        def spd_output(product: Tensor, partial: Tensor, w: Weights) -> Tensor:
+        def mlp_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
+            if partial is None:
+                return F.linear(activated(hidden), w.mlp_output)
             # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
             total = partial.view(-1, partial.shape[-1])  # never a copy: the sum would be lost
-            total.addmm_(activated(product).flatten(0, 1), w.mlp_output.T)
+            total.addmm_(activated(hidden).flatten(0, 1), w.mlp_output.T)
             return partial
 
         self.prefill = Stage(
             built(self.attention_input), built(self.prefill_attention), self.attention_output, built(self.mlp_input),
-            tp_output, spd_output,
+            mlp_output,
         )  # fmt: skip
+
         plain = self.prefill._replace(attend=built(self.decode_attention))
+
         # One token's products are of a matrix and a vector, and become Triton kernels, fused with what is around them.
-        products = {name: built(getattr(self, name), coordinate_descent_tuning=True) for name in PRODUCTS}
-        self.decode = {"tuned": plain._replace(**products), "plain": plain}
+        def tuned(f: Callable) -> Any:
+            return built(f, coordinate_descent_tuning=True)
+
+        both, added = tuned(self._mlp_input), tuned(self.mlp_output)
+        zeros: dict[torch.device, Tensor] = {}
+
+        def mlp_input(x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
+            of_tp, of_spd, hidden = both(x, attended, w)
+            return of_spd if dropped else of_tp, hidden
+
+        def tuned_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
+            if partial is None:
+                device = w.mlp_output.device
+                if device not in zeros:
+                    zeros[device] = hidden.new_zeros(1, 1, len(w.mlp_output))
+                partial = zeros[device]
+            return added(hidden, partial, w)
+
+        products = Stage(
+            tuned(self.attention_input), plain.attend, tuned(self.attention_output), mlp_input, tuned_output
+        )
+        self.decode = {"tuned": products, "plain": plain}
         """Products as Triton kernels chosen by trial, or the library's: which is quicker depends on sizes, and luck."""
         self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
 
@@ -217,28 +235,29 @@ class Halves:
         """`P_i` [B, T, D]."""
         return F.linear(heads, w.attention_output)
 
-    def mlp_input(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        """`R` [B, T, D] of a TP and of an SPD block, and the MLP's input product [B, T, F/N] or [B, T, 2 F/N], from `X`
-        and the sum of the `P_i`, or for an SPD block `P_i`."""
+    def _mlp_input(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """`mlp_input` with the `R` of a TP block and that of an SPD block."""
         known = _plus(x, w.attention_bias)
         u = known + attended
-        product = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
-        return _plus(u, w.mlp_bias), _plus(known, w.mlp_bias), product
+        hidden = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
+        return _plus(u, w.mlp_bias), _plus(known, w.mlp_bias), hidden
 
-    def activated(self, product: Tensor) -> Tensor:
+    def mlp_input(self, x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
+        """`R` [B, T, D] and the MLP's input product [B, T, F/N] or [B, T, 2 F/N], from `X` and the sum of the `P_i`, or
+        for a dropped block `P_i`."""
+        of_tp, of_spd, hidden = self._mlp_input(x, attended, w)
+        return of_spd if dropped else of_tp, hidden
+
+    def activated(self, hidden: Tensor) -> Tensor:
         """What the MLP's output product takes, [B, T, F/N]."""
         if not self.gated:
-            return self.activation(product)
-        gate, up = product.chunk(2, dim=-1)
+            return self.activation(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
         return self.activation(gate) * up
 
-    def tp_output(self, product: Tensor, w: Weights) -> Tensor:
-        """`S_i` [B, T, D] of a TP block."""
-        return F.linear(self.activated(product), w.mlp_output)
-
-    def spd_output(self, product: Tensor, partial: Tensor, w: Weights) -> Tensor:
-        """`S_i` [B, T, D] of an SPD block, which so takes as many kernels as a TP block."""
-        return partial + self.tp_output(product, w)
+    def mlp_output(self, hidden: Tensor, partial: Tensor, w: Weights) -> Tensor:
+        """`S_i` [B, T, D]; `partial` is `P_i` of an SPD block, and zero of a TP block."""
+        return partial + F.linear(self.activated(hidden), w.mlp_output)
 
     def _last(
         self, residual: Tensor, summed: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor

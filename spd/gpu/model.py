@@ -288,14 +288,13 @@ class GraphModel:
         """Of each product of a decoding step the version that is quicker on the slowest rank."""
         residual = self._embed(self.token, self.position).residual
         x, attended = torch.randn_like(residual), torch.randn_like(residual)
-        inner = self._decode_stage.mlp_input(x, attended, self.blocks[0])[2]
-        heads = x.new_zeros(*x.shape[:2], self.blocks[0].attention_output.shape[1])
+        hidden = self._decode_stage.mlp_input(x, attended, self.blocks[0], False)[1]
+        heads = torch.randn(*x.shape[:2], self.blocks[0].attention_output.shape[1], dtype=x.dtype, device=x.device)
         calls: dict[str, Callable[..., object]] = {
             "attention_input": lambda f, w: f(x, attended, w),
             "attention_output": lambda f, w: f(heads, w),
-            "mlp_input": lambda f, w: f(x, attended, w),
-            "tp_output": lambda f, w: f(inner, w),
-            "spd_output": lambda f, w: f(inner, attended, w),
+            "mlp_input": lambda f, w: f(x, attended, w, False),
+            "mlp_output": lambda f, w: (f(hidden, None, w), f(hidden, attended, w)),
         }
 
         def run(name: str, function: Callable[..., object]) -> None:
