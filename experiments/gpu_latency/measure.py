@@ -38,14 +38,14 @@ SHAPES = {
     "1x128": Shape(1, 128, decode_at=256, repeats=20),
     "16x128": Shape(16, 128, decode_at=256, repeats=12),
     "1x2048": Shape(1, 2048, decode_at=None, repeats=20),
-    "16x2048": Shape(16, 2048, decode_at=None, repeats=4),
+    "16x2048": Shape(16, 2048, decode_at=None, repeats=4, primed=False),
 }
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 LARGE = 2 * 10**10
 """Bytes of a rank's weights from which on a shape is repeated half as often."""
 NEW_TOKENS = 4
 WARMUP = 0
-"""As each timing has a forward before it that is not timed."""
+"""As a forward that is not timed precedes each, where that matters (`Shape.primed`)."""
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
 
