@@ -271,9 +271,9 @@ def test_launches_that_measure_otherwise_are_not_put_together(
 ) -> None:
     command = [str(tmp_path), "--models", "llama2_7b", "--interconnects", "native", "--shapes", "2x32", "--launches"]
     measure.main([*command, "1"])
-    for option in ("blocks_alone", "tp_plan"):
+    for option, given in (("blocks_alone", ["--blocks-alone", "2x32"]), ("tp_plan", ["--tp-plan"])):
         with pytest.raises(SystemExit, match="1 launches failed"):
-            measure.main([*command, "2", f"--{option.replace('_', '-')}"])
+            measure.main([*command, "2", *given])
         assert f"has launches of it with 2x32: {option} False, here True; take another" in capsys.readouterr().out
     monkeypatch.setattr(measure, "NEW_TOKENS", 9)
     with pytest.raises(SystemExit, match="1 launches failed"):

@@ -159,7 +159,7 @@ def add_launch(
         spd.launch.RankFailed: a rank died, or the launch took too long.
     """
     now, before, sessions = here(), entry["here"] or {}, entry["sessions"]
-    asked = {name: shape._replace(blocks_alone=options.blocks_alone) for name, shape in shapes.items()}
+    asked = {name: shape._replace(blocks_alone=name in options.blocks_alone) for name, shape in shapes.items()}
     differs = [(name, before[name], now[name]) for name in before if name != "date" and now[name] != before[name]]
     for shape in set(asked) & set(sessions):
         wanted = asked[shape]._asdict() | {"new_tokens": NEW_TOKENS, "warmup": WARMUP, "tp_plan": options.tp_plan}
@@ -231,7 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--launches", type=int, default=3, help="how many there shall be, those that are there included"
     )
-    parser.add_argument("--blocks-alone", action="store_true", help="time the decoder blocks by themselves too")
+    parser.add_argument(
+        "--blocks-alone", nargs="*", default=[], choices=list(SHAPES), help="shapes whose blocks are timed alone too"
+    )
     parser.add_argument("--tp-plan", action="store_true", help="transformers' own tensor parallelism as an arm")
     parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch that would end later")

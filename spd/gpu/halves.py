@@ -137,7 +137,7 @@ class Halves:
         torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape and model
         activated = built(self.activated)
 
-        def mlp_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
+        def plain_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
             if partial is None:
                 return F.linear(activated(hidden), w.mlp_output)
             # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
@@ -147,7 +147,7 @@ class Halves:
 
         self.prefill = Stage(
             built(self.attention_input), built(self.prefill_attention), self.attention_output, built(self.mlp_input),
-            mlp_output,
+            plain_output,
         )  # fmt: skip
 
         plain = self.prefill._replace(attend=built(self.decode_attention))
@@ -159,12 +159,12 @@ class Halves:
         both, added = tuned(self._mlp_input), tuned(self.mlp_output)
         zeros: dict[torch.device, Tensor] = {}
 
-        def mlp_input(x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
+        def tuned_input(x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
             of_tp, of_spd, hidden = both(x, attended, w)
             return of_spd if dropped else of_tp, hidden
 
         def tuned_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
-            if partial is None:
+            if partial is None:  # an SPD block's very kernel, with nothing to add
                 device = w.mlp_output.device
                 if device not in zeros:
                     zeros[device] = hidden.new_zeros(1, 1, len(w.mlp_output))
@@ -172,7 +172,7 @@ class Halves:
             return added(hidden, partial, w)
 
         products = Stage(
-            tuned(self.attention_input), plain.attend, tuned(self.attention_output), mlp_input, tuned_output
+            tuned(self.attention_input), plain.attend, tuned(self.attention_output), tuned_input, tuned_output
         )
         self.decode = {"tuned": products, "plain": plain}
         """Products as Triton kernels chosen by trial, or the library's: which is quicker depends on sizes, and luck."""
