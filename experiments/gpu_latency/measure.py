@@ -101,27 +101,45 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Milliseconds of every arm, with what they are over the floor, as Markdown; arms by drop fraction."""
+    """What dropping saves, as Markdown: TP's milliseconds, in brackets how many times their floor that is, and percent
+    of them saved by drop fraction and by the ceilings; with intervals over launches where there are three."""
+    rows = rows[rows["arm"] != ARMS["tp_plan"]]
     rows = rows.assign(arm=[column(arm, drop) for arm, drop in zip(rows["arm"], rows["drop"], strict=True)])
-    arms = list(dict.fromkeys(rows["arm"]))
-    heads = ["model", "tp", "interconnect", "batch", "phase", "floor", *arms]
+    tp, *others = dict.fromkeys(rows["arm"])
+    heads = ["model", "tp", "interconnect", "batch", "phase", "TP, ms", *others]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     keys = ["model", "tp_size", "interconnect", "batch_size", "prompt_length", "decode_at", "metric"]
-    for (model, tp, link, batch, prompt, at, metric), some in rows.groupby(keys, sort=False, dropna=False):
+    for (model, tp_size, link, batch, prompt, at, metric), some in rows.groupby(keys, sort=False, dropna=False):
         by_arm = some.set_index("arm")
         phase = f"prefill {prompt}" if metric == "ttft_ms" else f"decode at {at:.0f}"
-        cells = []
-        for arm in arms:
-            if arm not in by_arm.index:  # a family that transformers has no plan for
-                cells.append("")
-                continue
-            row = by_arm.loc[arm]
-            over = "" if pd.isna(row["over_floor"]) else f" ({row['over_floor']:.2f})"
-            cells.append(f"{row['median_ms']:.2f}{over}")
-        lines.append(
-            f"| {model} | {tp} | {link} | {batch} | {phase} | {by_arm['floor_ms'].iloc[0]:.2f} | {' | '.join(cells)} |"
-        )
+        cells = [f"{by_arm.loc[tp, 'median_ms']:.2f} ({by_arm.loc[tp, 'over_floor']:.2f})"]
+        for arm in others:
+            median, low, high = (by_arm.loc[arm, f"speedup_percent_{name}"] for name in ("median", "low", "high"))
+            cells.append(f"{median:.1f}" if pd.isna(low) else f"{median:.1f} ({low:.1f} to {high:.1f})")
+        lines.append(f"| {model} | {tp_size} | {link} | {batch} | {phase} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def reached(rows: pd.DataFrame) -> str:
+    """Percent of what leaving out the attention all-reduces saves that dropping all blocks does, as Markdown."""
+    rows = rows[rows["drop"] == 1]
+    what = rows["metric"].map({"ttft_ms": "prefill", "tpot_ms": "decode"})
+    length = [f"{prompt}" if metric == "ttft_ms" else f"at {at:.0f}" for metric, prompt, at in zip(
+        rows["metric"], rows["prompt_length"], rows["decode_at"], strict=True)]  # fmt: skip
+    rows = rows.assign(phase=what + " " + length + ", " + rows["batch_size"].astype(str))
+    wide = rows.pivot_table(
+        index=["model", "tp_size", "interconnect"],
+        columns="phase",
+        values="fraction_of_ceiling_median",
+        aggfunc="first",
+        sort=False,
+    )
+    heads = ["model", "tp", "interconnect", *wide.columns]
+    shown = [
+        f"| {' | '.join(map(str, of))} | {' | '.join('' if pd.isna(part) else f'{100 * part:.0f}' for part in parts)} |"
+        for of, parts in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *shown])
 
 
 def column(arm: str, drop: float) -> str:
@@ -249,9 +267,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not missing or not (shapes := fitting(architecture_of(name), options.tp_size, missing)):
             continue
         left = options.seconds - (time.monotonic() - began)
-        expected = entry["took_s"]
-        if expected is None:  # as long as the longest of the others
-            expected = max((other["took_s"] for other in found.values()), default=0)
+        # As long as its last launch, or the model's over another interconnect.
+        like = [entry, *(other for other in found.values() if other["model"] == name)]
+        expected = next((other["took_s"] for other in like if other["took_s"] is not None), 0)
         if expected > left:
             print(f"{key}, launch {launch}: not begun, it would end after {options.seconds:g} s", flush=True)
             continue
@@ -279,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows_of(session, entry["blocks"], **entry["here"], model=entry["model"])
     ])  # fmt: skip
     rows.round(4).to_csv(options.folder / "latency.csv", index=False)
-    print(table(rows))
+    print(table(rows), reached(rows), sep="\n\n")
     if failures:
         raise SystemExit(f"{failures} launches failed")
 
