@@ -38,11 +38,12 @@ SHAPES = {
     "1x128": Shape(1, 128, decode_at=256, repeats=20),
     "16x128": Shape(16, 128, decode_at=256, repeats=12),
     "1x2048": Shape(1, 2048, decode_at=None, repeats=20),
-    "16x2048": Shape(16, 2048, decode_at=None, repeats=4, primed=False),
+    "16x2048": Shape(16, 2048, decode_at=None, repeats=4),
 }
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 LARGE = 2 * 10**10
-"""Bytes of a rank's weights from which on a shape is repeated half as often."""
+"""Bytes of a rank's weights from which on a shape is repeated half as often, and 16 x 2048 tokens are not primed: they
+take seconds, in which a GPU's clock has settled."""
 NEW_TOKENS = 4
 WARMUP = 0
 """As a forward that is not timed precedes each, where that matters (`Shape.primed`)."""
@@ -156,7 +157,8 @@ def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> dic
         cache = shape.cache_length(NEW_TOKENS)
         asked = needed(config, family_of(config), tp_size, shape.batch_size, shape.prompt_length, cache, torch.bfloat16)
         if asked.fits(free):
-            found[name] = shape._replace(repeats=max(2, shape.repeats // 4 * 2)) if asked.weights > LARGE else shape
+            fewer = {"repeats": max(2, shape.repeats // 4 * 2), "primed": name != "16x2048"}
+            found[name] = shape._replace(**fewer) if asked.weights > LARGE else shape
         else:
             print(f"{name} does not fit: {asked}", flush=True)
     return found
