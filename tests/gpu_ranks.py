@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from spd.checkpoint import Checkpoint, read_config
+from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.families import family_of
 from spd.gpu import all_reduce
 from spd.gpu.model import Arm, GraphModel
-from spd.gpu.rank import meet, start
+from spd.gpu.rank import measure_rank, meet, start
 from spd.launch import Progress
 
 RANKS_DROP = [0, 5, 11]
@@ -43,3 +43,51 @@ def compared(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
         equal.append(kind)
         on_progress(len(equal), len(settings["kinds"]))
     return {"equal": equal}
+
+
+def out_of_memory(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
+    """`measure_rank` on a GPU that turns out to have less than it said."""
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    return measure_rank(settings, on_progress)
+
+
+def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
+    """Of a model of random weights with all-reduces of every kind that is quickest: the largest differences of captured
+    and uncaptured logits, and of uncaptured bf16 and float32 ones, over tokens that both take from the uncaptured."""
+    rank = int(os.environ["RANK"])
+    device, config = start(settings, rank), read_architecture(settings["architecture"])
+    ranks, sizes = dist.get_world_size(), [settings["prompt_length"] * config.hidden_size, config.hidden_size]
+    models, arm = {}, Arm(frozenset(settings["dropped"]))
+    for name, dtype in (("captured", torch.bfloat16), ("plain", torch.bfloat16), ("exact", torch.float32)):
+        reduce, chosen = all_reduce.choose("auto" if name == "captured" else "nccl", sizes, dtype, device)
+        models[name] = GraphModel(
+            config, family_of(config), ranks, rank, prompt_length=settings["prompt_length"], cache_length=512,
+            all_reduce=reduce, dtype=dtype, device=device, compiled=name == "captured",
+        )  # fmt: skip
+        if name == "captured":
+            kinds = [chosen[size]["kind"] for size in sizes]
+    captured, plain, exact = models.values()
+    for ours, rounded in zip(exact.blocks, plain.blocks, strict=True):  # the same weights, not the same random numbers
+        for tensor, like in zip(ours, rounded, strict=True):
+            if tensor is not None:
+                tensor.copy_(like)
+    exact.embedding.copy_(plain.embedding)
+    exact.head.copy_(plain.head)
+    first, step = captured.capture(arm, decode=False), captured.capture(arm, decode=True)
+    ids = torch.randint(config.vocab_size, plain.prompt.shape, generator=torch.Generator().manual_seed(0))
+    found: dict[str, list[float]] = {"difference": [], "rounding": [], "unsure": []}
+    for model in models.values():
+        model.prompt.copy_(ids)
+    for i in range(64):
+        meet(device)
+        step() if i else first()
+        for model in (plain, exact):
+            model.decode(arm) if i else model.prefill(arm)
+        found["difference"].append((captured.logits - plain.logits).abs().max().item())
+        found["rounding"].append((exact.logits - plain.logits).abs().max().item())
+        best = plain.logits.float().topk(2).values[0]
+        if not torch.equal(captured.token, plain.token):
+            found["unsure"].append((best[0] - best[1]).item())
+        for model in (captured, exact):
+            model.token.copy_(plain.token)
+    return found | {"kinds": kinds}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_ranks import RANKS_DROP
+from gpu_settings import SETTINGS, SHAPE, architecture
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,7 +16,8 @@ from spd.checkpoint import Checkpoint, read_config
 from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu import all_reduce
+from spd.gpu import all_reduce, latency
+from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.model import Arm, GraphModel
 from spd.launch import run_ranks
 
@@ -145,13 +147,16 @@ def test_a_short_reach_and_another_size_change_no_logits() -> None:
 @every_family
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_version_of_a_decoding_steps_functions_gives_the_same_logits(folder: Path, batch: int) -> None:
-    ids, arm, found = prompts(folder, batch), Arm(frozenset({2, 5})), []
-    for version in ("tuned", "plain"):
-        model = graph_model(folder, batch_size=batch)
-        assert version in model.halves.decode
-        model.decode_kernels = dict.fromkeys(model.decode_kernels, version)
-        found.append(torch.stack(greedy(model, ids, arm)[1]))
-    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
+    ids, arm = prompts(folder, batch), Arm(frozenset({2, 5}))
+    model = graph_model(folder, batch_size=batch)
+    first = dict(model.decode_kernels)
+    _, want = greedy(model, ids, arm)
+    for name, versions in model.halves.decode.items():
+        assert first[name] == next(iter(versions))
+        for version in list(versions)[1:]:
+            model.decode_kernels = first | {name: version}
+            _, found = greedy(model, ids, arm)
+            torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
 
 
 @every_family
@@ -306,3 +311,40 @@ def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
         environment=environment | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
     )
     assert found["equal"] == kinds
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("dropped", [[], [0, 2]])
+def test_two_gpus_captured_give_the_uncaptured_logits_and_64_tokens_at_a_published_width(
+    dropped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    asked = {"architecture": architecture("llama2_7b") | {"num_hidden_layers": 4}, "dropped": dropped}
+    found = run_ranks(
+        "gpu_ranks:as_uncaptured",
+        asked | {"prompt_length": 128, "tp_size": 2, "devices": TWO, "timeout_s": 200},
+        tp_size=2,
+        timeout_s=300,
+        environment=ENVIRONMENT["native"] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
+    )
+    assert set(found["kinds"]) & {"one_shot", "two_shot"}
+    # Both round, so they differ by as much as two roundings do.
+    assert max(found["difference"]) <= 2 * max(found["rounding"])
+    assert all(gap <= 2 * max(found["rounding"]) for gap in found["unsure"])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_running_out_of_memory_names_the_rank_and_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    launched = []
+
+    def instead(function: str, *arguments: object, **options: object) -> dict:
+        launched.append(function)
+        return run_ranks("gpu_ranks:out_of_memory", *arguments, **options)
+
+    monkeypatch.setattr(latency, "run_ranks", instead)
+    with pytest.raises(UserError, match=r"rank 0 of 1 ran out of memory on cuda:0, .* were free: .* would fit"):
+        latency.measure_gpu_latency(architecture("llama2_7b"), 1, {"0": []}, [SHAPE], **SETTINGS)
+    assert launched == ["spd.gpu.rank:measure_rank"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -49,6 +50,9 @@ def test_a_session_is_reported_with_intervals_ceilings_and_floors() -> None:
     assert found["ceilings"]["tpot_ms"]["no_all_reduce"]["median"] == pytest.approx(40)
     for part in found["fraction_of_ceiling"].values():
         assert part == pytest.approx({"median": 0.5, "low": 0.5, "high": 0.5})
+    session = invented_session()
+    session["ttft_ms"]["no_attention_all_reduce"][2] = session["ttft_ms"]["0"][2]  # saves nothing in one launch
+    assert summarise(session, "6")["fraction_of_ceiling"]["ttft_ms"] is None
     assert found["confidence"] == 1 - 0.5**4
     assert summarise(invented_session(6), "6")["confidence"] == 0.95
     assert found["over_floor"]["ttft_ms"] == pytest.approx(10.8 / 4.5)
@@ -141,7 +145,7 @@ def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list
     assert (rows[["median_ms", "floor_ms", "over_floor"]] > 0).all(axis=None)
     shown = table(rows)
     assert "| small | 2 | native | 2 | prefill 32 |" in shown
-    assert "| 0 % | 100 % | no attention all-reduce | no all-reduce |" in shown
+    assert "| TP, ms (times its floor) | 100 % | no attention all-reduce | no all-reduce |" in shown
 
 
 def test_transformers_own_ranks_are_timed_in_launches_of_their_own() -> None:
@@ -170,6 +174,12 @@ def test_sessions_of_other_launches_are_put_together(sessions: tuple[list[dict],
                 assert whole[name] == {arm: times + times for arm, times in value.items()}
 
 
+def has_memory(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every GPU of this machine has so many bytes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=size))
+
+
 class Launches:
     """In place of GPUs: launches that are those of `sessions`, as of a model of 32 blocks."""
 
@@ -184,7 +194,7 @@ class Launches:
         monkeypatch.setattr(measure, "SHAPES", dict(zip(("2x32", "1x150"), map(self.shape, self.found), strict=True)))
         monkeypatch.setattr(measure, "measure_gpu_latency", self.launch)
         monkeypatch.setattr(measure, "here", lambda: dict(self.here))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**10, 8 * 10**10))
+        has_memory(8 * 10**10, monkeypatch)
 
     @staticmethod
     def shape(session: dict) -> Shape:
@@ -228,11 +238,19 @@ def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_el
     assert "llama2_7b tp2 lbw, launch 2: not begun" in capsys.readouterr().out
     assert launches.timeouts[-2] == 500
     assert 50 < launches.timeouts[-1] <= 60
-    # So is one that is new.
-    measure.main([str(tmp_path / "out"), "--models", "llama2_13b", "--shapes", "2x32", "--seconds", "60"])
-    assert "llama2_13b tp2 native, launch 0: not begun" in capsys.readouterr().out
+    # One of a model that is new takes nobody knows how long, and over another interconnect as long as that.
+    new = [str(tmp_path / "out"), "--models", "llama2_13b", "--shapes", "2x32", "--launches", "1", "--interconnects"]
+    measure.main([*new, "native", "--seconds", "60"])
+    assert launches.asked[7:] == [("native", 0, 1)]
+    found = json.loads(file.read_text())
+    found["llama2_13b tp2 native"]["took_s"] = 100
+    file.write_text(json.dumps(found))
+    measure.main([*new, "lbw", "--seconds", "60"])
+    assert "llama2_13b tp2 lbw, launch 0: not begun" in capsys.readouterr().out
+    found.pop("llama2_13b tp2 native")
+    file.write_text(json.dumps(found))
     measure.main([*command, "2x32", "--launches", "0"])
-    assert len(launches.asked) == 7
+    assert len(launches.asked) == 8
     rows = pd.read_csv(tmp_path / "out/latency.csv", dtype={"arm": str})
     assert len(rows) == 2 * 12
     assert set(rows["launches"]) == {2, 3}
@@ -286,12 +304,25 @@ def test_shapes_of_large_models_are_repeated_half_as_often_and_left_out_where_th
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for free, there in ((150, [10, 6, 10, 2]), (84, [10, 6, 10])):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 10**9, free * 10**9))
+        has_memory(free * 10**9, monkeypatch)
         found = measure.fitting(architecture("llama2_70b"), 2, list(measure.SHAPES))
         assert [shape.repeats for shape in found.values()] == there
     assert "16x2048 does not fit: 8" in capsys.readouterr().out
     found = measure.fitting(architecture("llama2_7b"), 2, list(measure.SHAPES))
     assert found == measure.SHAPES
+
+
+def test_ranks_that_cannot_share_a_model_evenly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(UserError, match=r"tp_size=8 does not cut this model evenly: it has 28 heads.* 1, 2, 4\."):
+        measure_gpu_latency(architecture("qwen2.5_7b"), 8, {"0": []}, [SHAPE], **SETTINGS)
+
+
+def test_a_model_that_no_such_gpu_can_hold_is_refused_before_a_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_memory(8 * 10**10, monkeypatch)
+    shapes = [Shape(1, 128, 256, 2), Shape(16, 2048, None, 2)]  # the first would fit
+    with pytest.raises(UserError, match=r"rank 0 of 2 needs .* and cuda:0 has 80.00 GB in all.*parallel.tp_size=4"):
+        measure_gpu_latency(architecture("llama2_70b"), 2, {"0": []}, shapes, **SETTINGS)
 
 
 def test_positions_that_a_model_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +400,7 @@ def test_two_ranks_sum_with_the_quickest_kind_that_works_and_say_what_does_not(m
 @pytest.mark.gpu
 @on_gpu
 def test_a_model_that_does_not_fit_is_refused_by_its_rank() -> None:
-    with pytest.raises(UserError, match=r"rank 0 of 1 needs .* GB free, .*would fit"):
+    with pytest.raises(UserError, match=r"rank 0 of 1 needs .* GB in all, .*would fit"):
         measure_gpu_latency(architecture("llama2_70b"), 1, {"0": []}, [SHAPE, Shape(128, 32, 3000, 1)], **SETTINGS)
 
 

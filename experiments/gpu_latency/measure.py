@@ -16,6 +16,7 @@ import itertools
 import json
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             "over_floor": found["over_floor"][metric],
             "communication_share": shares.get("share"),
             "communication_overlap": shares.get("overlap"),
-            "decode_kernels": json.dumps(session["decode_kernels"][0]) if metric == "tpot_ms" else None,
+            "decode_kernels": json.dumps(session["decode_kernels"]) if metric == "tpot_ms" else None,
             "all_reduce": chosen.get("kind"),
             "all_reduce_us": chosen["us"][chosen["kind"]] if chosen else None,
             "fell_back": json.dumps(chosen.get("fell_back", {})),
@@ -107,7 +108,7 @@ def table(rows: pd.DataFrame) -> str:
     rows = rows[rows["arm"] != ARMS["tp_plan"]]
     rows = rows.assign(arm=[column(arm, drop) for arm, drop in zip(rows["arm"], rows["drop"], strict=True)])
     tp, *others = dict.fromkeys(rows["arm"])
-    heads = ["model", "tp", "interconnect", "batch", "phase", "TP, ms", *others]
+    heads = ["model", "tp", "interconnect", "batch", "phase", "TP, ms (times its floor)", *others]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     keys = ["model", "tp_size", "interconnect", "batch_size", "prompt_length", "decode_at", "metric"]
     for (model, tp_size, link, batch, prompt, at, metric), some in rows.groupby(keys, sort=False, dropna=False):
@@ -115,6 +116,9 @@ def table(rows: pd.DataFrame) -> str:
         phase = f"prefill {prompt}" if metric == "ttft_ms" else f"decode at {at:.0f}"
         cells = [f"{by_arm.loc[tp, 'median_ms']:.2f} ({by_arm.loc[tp, 'over_floor']:.2f})"]
         for arm in others:
+            if arm not in by_arm.index:
+                cells.append("")
+                continue
             median, low, high = (by_arm.loc[arm, f"speedup_percent_{name}"] for name in ("median", "low", "high"))
             cells.append(f"{median:.1f}" if pd.isna(low) else f"{median:.1f} ({low:.1f} to {high:.1f})")
         lines.append(f"| {model} | {tp_size} | {link} | {batch} | {phase} | {' | '.join(cells)} |")
@@ -150,14 +154,14 @@ def column(arm: str, drop: float) -> str:
 
 def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> dict[str, Shape]:
     """Those of the shapes for which a rank's part fits into a GPU of this machine; says which do not."""
-    config, free = read_architecture(architecture), torch.cuda.mem_get_info(0)[0]
+    config, whole = read_architecture(architecture), torch.cuda.get_device_properties(0).total_memory
     found = {}
     for name in names:
         shape = SHAPES[name]
         cache = shape.cache_length(NEW_TOKENS)
         asked = needed(config, family_of(config), tp_size, shape.batch_size, shape.prompt_length, cache, torch.bfloat16)
-        if asked.fits(free):
-            fewer = {"repeats": max(2, shape.repeats // 4 * 2), "primed": name != "16x2048"}
+        if asked.fits(whole):
+            fewer: dict[str, Any] = {"repeats": max(2, shape.repeats // 4 * 2), "primed": name != "16x2048"}
             found[name] = shape._replace(**fewer) if asked.weights > LARGE else shape
         else:
             print(f"{name} does not fit: {asked}", flush=True)
@@ -231,10 +235,13 @@ def here() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(0),
+        "gpus": torch.cuda.device_count(),
         "driver": subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[attr-defined]
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": version("triton"),
         "engine": hashlib.sha256(sources).hexdigest()[:8],
     }
 

@@ -20,8 +20,8 @@ AllReduce = Callable[[Tensor], Tensor]
 
 KINDS = ("nccl", "one_shot", "two_shot")
 
-LARGEST_SHARED = 2**24
-"""Bytes of the largest message for which `auto` tries symmetric memory: beyond, NCCL's rings are quicker."""
+LARGEST_SHARED = 2**26
+"""Bytes of the largest message for which `auto` tries symmetric memory, which takes as much of a GPU's memory."""
 
 _CALLS = 20
 
@@ -109,6 +109,8 @@ def choose(
             if reason is None:
                 try:
                     working[name] = make(name, size, dtype, device)
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:  # symmetric memory's own, of drivers and topologies
                     reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 reason = _agreed(reason, device)

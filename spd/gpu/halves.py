@@ -6,8 +6,7 @@
 
 A block hands on the residual `R`, which all ranks have, and the sum `S` over ranks of the `S_i`; the next one adds
 them, so that additions and norm become one kernel. The equations are those of `spd.block.Block`. Every tensor comes as
-an argument: compiled once, a function serves all blocks. In decoding, where kernels are chosen by trial, TP and SPD run
-the very same ones, so that what they differ by is the all-reduce.
+an argument: compiled once, a function serves all blocks.
 
 Legend: B batch, T tokens, C cache length, D hidden size, H query heads, K key/value heads, h head size, F MLP width,
 N ranks.
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -110,7 +110,7 @@ class Stage(NamedTuple):
         return residual, self.mlp_output(hidden, attended if dropped else None, w)
 
 
-PRODUCTS = tuple(name for name in Stage._fields if name != "attend")
+PRODUCTS = ("attention_input", "attention_output", "mlp_input", "mlp_output")
 """Those functions of a stage that are a matrix product, with what is fused with it."""
 
 
@@ -150,8 +150,6 @@ class Halves:
             plain_output,
         )  # fmt: skip
 
-        plain = self.prefill._replace(attend=built(self.decode_attention))
-
         # One token's products are of a matrix and a vector, and become Triton kernels, fused with what is around them.
         def tuned(f: Callable) -> Any:
             return built(f, coordinate_descent_tuning=True)
@@ -164,18 +162,22 @@ class Halves:
             return of_spd if dropped else of_tp, hidden
 
         def tuned_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
-            if partial is None:  # an SPD block's very kernel, with nothing to add
+            if partial is None:  # an SPD block's very kernel, with nothing to add: which is chosen by trial differs
                 device = w.mlp_output.device
                 if device not in zeros:
                     zeros[device] = hidden.new_zeros(1, 1, len(w.mlp_output))
                 partial = zeros[device]
             return added(hidden, partial, w)
 
-        products = Stage(
-            tuned(self.attention_input), plain.attend, tuned(self.attention_output), tuned_input, tuned_output
-        )
-        self.decode = {"tuned": products, "plain": plain}
-        """Products as Triton kernels chosen by trial, or the library's: which is quicker depends on sizes, and luck."""
+        products = (tuned(self.attention_input), tuned(self.attention_output), tuned_input, tuned_output)
+        plain = self.prefill._asdict()
+        self.decode: dict[str, dict[str, Callable]] = {
+            name: {"plain": plain[name], "tuned": product} for name, product in zip(PRODUCTS, products, strict=True)
+        }
+        """Function of a `Stage` -> its versions, of which sizes, GPU and luck decide the quickest: products as the
+        library's kernels or, of one token alone, as Triton kernels chosen by trial; attention as two reductions or as
+        a kernel of its own."""
+        self.decode["attend"] = {"reductions": built(self.attend_by_reductions), "flex": built(self.attend_by_flex)}
         self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,7 +212,16 @@ class Halves:
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return heads.transpose(1, 2).flatten(2)
 
-    def decode_attention(
+    def _query(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, position: Tensor
+    ) -> Tensor:
+        """Queries [B, H/N, 1, h] of the token at `position` [1], whose keys and values go into the cache."""
+        q, k, v = self._split(qkv, keys.shape[1], rope)
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        return q
+
+    def attend_by_reductions(
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
@@ -220,15 +231,30 @@ class Halves:
         mask: Tensor,
     ) -> Tensor:
         """What the heads find [B, 1, H h / N] of the token at `position` [1]; `mask` [C] is True up to it."""
-        q, k, v = self._split(qkv, keys.shape[1], rope)
-        keys.index_copy_(2, position, k)
-        values.index_copy_(2, position, v)
-        # One query a head is no work for an attention kernel: products and softmax become two reductions.
+        q = self._query(qkv, rope, keys, values, position)
         of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
         scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * self.head_size**-0.5  # [B, K/N, G, C]
         shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(qkv.dtype)  # [B, K/N, G, h]
         return heads.flatten(1).unsqueeze(1)
+
+    def attend_by_flex(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """The same by torch's kernel for decoding, which cuts the cache into parts that are read at once."""
+
+        def known(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return torch.where(mask[key], score, -torch.inf)
+
+        q = self._query(qkv, rope, keys, values, position)
+        heads: Any = flex_attention(q, keys, values, score_mod=known, enable_gqa=q.shape[1] != keys.shape[1])
+        return heads.transpose(1, 2).flatten(2)
 
     @staticmethod
     def attention_output(heads: Tensor, w: Weights) -> Tensor:

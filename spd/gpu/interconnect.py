@@ -8,12 +8,12 @@ import torch.distributed as dist
 from spd.gpu import all_reduce
 
 ENVIRONMENT: dict[str, dict[str, str]] = {
-    "native": {},
-    "lbw": {"NCCL_P2P_DISABLE": "1"},
+    "native": {"NCCL_P2P_DISABLE": "0", "NCCL_SHM_DISABLE": "0"},
+    "lbw": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "0"},
     "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
 }
 """Interconnect -> what NCCL is told: to use what there is; to go through host memory instead of direct links (the
-paper's low-bandwidth setting); to go through sockets."""
+paper's low-bandwidth setting); to go through sockets. Whatever else this process's environment tells it."""
 
 _SMALL, _LARGE = 2**13, 2**26
 

@@ -86,6 +86,27 @@ def check_gpus(tp_size: int) -> None:
         )
 
 
+def _check_memory(
+    config: Any, family: Any, tp_size: int, dtype: str, devices: list[str], sizes: list[tuple[int, int, int]]
+) -> None:
+    """Raises UserError where a rank's part is too large even for a GPU on which nothing else is: before any is asked
+    for, and without touching it. `sizes` are B, T and C."""
+    import torch
+
+    from spd.gpu.memory import check_memory
+
+    for rank, device in enumerate(devices):
+        if device == "cpu":
+            continue
+        whole = torch.cuda.get_device_properties(device).total_memory
+        for size in sizes:
+            named = dict(zip(("batch_size", "prompt_length", "cache_length"), size, strict=True))
+            check_memory(
+                rank, tp_size, device, whole, "in all",
+                config=config, family=family, dtype=getattr(torch, dtype), **named,
+            )  # fmt: skip
+
+
 def measure_gpu_latency(
     model: Path | dict[str, Any],
     tp_size: int,
@@ -139,8 +160,12 @@ def measure_gpu_latency(
     if devices is None:
         check_gpus(tp_size)
     from spd.checkpoint import read_architecture, read_config  # imports torch and transformers: slow
+    from spd.families import family_of
+    from spd.sharding import check_tp_size
 
     config = read_architecture(model) if isinstance(model, dict) else read_config(model)
+    family = family_of(config)
+    check_tp_size(family, config, tp_size)
     for shape in shapes:
         if (asked := shape.positions(new_tokens)) > (config.max_position_embeddings or asked):
             raise UserError(
@@ -157,8 +182,10 @@ def measure_gpu_latency(
         "warmup": warmup,
         "interconnect": interconnect,
     }
-    every = {name: {"dropped": blocks, "left_out": {}} for name, blocks in arms.items()} | CEILINGS
     where = devices or [f"cuda:{rank}" for rank in range(tp_size)]
+    sizes = [(shape.batch_size, shape.prompt_length, shape.cache_length(new_tokens)) for shape in shapes]
+    _check_memory(config, family, tp_size, dtype, where, sizes)
+    every = {name: {"dropped": blocks, "left_out": {}} for name, blocks in arms.items()} | CEILINGS
     sessions: list[dict[str, Any]] = [
         {
             "source": "measured",
@@ -247,9 +274,9 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
     launches; of three it is their range, which order statistics give 75 %), "p10" to "p90" over all repeats of all
     launches. "blocks_ms" are the decoder blocks alone, None where they were not timed. "ceilings" are the speed-ups of
     the ceilings, and "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where
-    that saves nothing). "tp_plan" has transformers' own times, and how many times the arm's they are. "peak_memory_gb"
-    is what torch allocated, NCCL's buffers and the driver's own not counted. "floor_ms", "over_floor", "communication"
-    (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first launch's.
+    that saves nothing in a launch). "tp_plan" has transformers' own times, and how many times the arm's they are.
+    "peak_memory_gb" is what torch allocated, NCCL's buffers and the driver's own not counted. "floor_ms", "over_floor",
+    "communication" (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first launch's.
     """
     import numpy as np
 
@@ -275,11 +302,10 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
         entry[faster] = _bootstrap(speedup(metric, arm))
         entry["per_launch"] |= {metric: times, faster: speedup(metric, arm)}
         entry["ceilings"][metric] = {name: _bootstrap(speedup(metric, name)) for name in session["ceilings"]}
-        most = entry["ceilings"][metric]["no_attention_all_reduce"]["median"]
+        most = speedup(metric, "no_attention_all_reduce")
         entry["fraction_of_ceiling"][metric] = None
-        if most > 0:
-            parts = np.array(speedup(metric, arm)) / np.array(speedup(metric, "no_attention_all_reduce"))
-            entry["fraction_of_ceiling"][metric] = _bootstrap(parts.tolist())
+        if min(most) > 0:
+            entry["fraction_of_ceiling"][metric] = _bootstrap((np.array(speedup(metric, arm)) / most).tolist())
         entry["floor_ms"][metric] = floor = session["floor_ms"][0][metric][arm]
         entry["over_floor"][metric] = entry[metric]["median"] / floor
         shares = (session["communication"][0] or {}).get(metric) or {}

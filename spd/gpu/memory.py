@@ -82,14 +82,14 @@ def what_fits(
     return f"{' or '.join(found)} would fit"
 
 
-def check_memory(rank: int, tp_size: int, device: torch.device, free: int, **shape: Any) -> None:
+def check_memory(rank: int, tp_size: int, device: torch.device | str, free: int, what: str, **shape: Any) -> None:
     """Raises UserError, with what would fit, unless a rank's part fits into `free` bytes of its GPU.
 
-    `shape` is what `needed` takes beside tp_size.
+    `what` these bytes are is said ("free", "in all"); `shape` is what `needed` takes beside tp_size.
     """
     asked = needed(tp_size=tp_size, **shape)
     if not asked.fits(free):
         raise UserError(
-            f"rank {rank} of {tp_size} needs {asked} and {device} has {free / 1e9:.2f} GB free, "
+            f"rank {rank} of {tp_size} needs {asked} and {device} has {free / 1e9:.2f} GB {what}, "
             f"of which a twentieth is kept: {what_fits(free, tp_size=tp_size, **shape)}."
         )

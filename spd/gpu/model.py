@@ -25,6 +25,9 @@ from spd.gpu.halves import PRODUCTS, Halves, Stage, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
 
+_TRIALS = 15
+"""How often each version of a decoding step is timed."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -113,7 +116,7 @@ class GraphModel:
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
         self._kv_heads, self._vocab_size = kv_heads // self.halves.head_size, settings.vocab_size
-        self._chosen: dict[str, str] = {}
+        self._chosen: dict[tuple[int, int], dict[str, str]] = {}
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         """Where in the sequence the last token stands; prefill sets it, a decoding step moves it on."""
         self.resize(batch_size, prompt_length, cache_length)
@@ -129,9 +132,9 @@ class GraphModel:
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
         self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
         """Logits [B, V] that `token` was chosen by."""
-        self.decode_kernels = dict.fromkeys(PRODUCTS, "tuned" if batch_size == 1 else "plain")
-        """Of each product of a decoding step, which of `Halves.decode` is used. Of one sequence, whose products can be
-        Triton kernels, it is chosen when a step is first captured."""
+        self.decode_kernels = {name: next(iter(versions)) for name, versions in self._versions(batch_size).items()}
+        """Function of a decoding step -> which of `Halves.decode` is used; compiled, it is chosen when a step is first
+        captured."""
         self._columns = torch.arange(cache_length, device=self.device)
         self._warm: set[int | None] = set()
 
@@ -272,44 +275,48 @@ class GraphModel:
 
         self.position.zero_()
         graphs.warm_up(run, self.device, times=2)
-        if decode and len(self.token) == 1:
-            self._chosen = self._chosen or self._quicker_kernels()
-            self.decode_kernels = self._chosen
+        if reach is None:
+            return
+        versions = self._versions(len(self.token))
+        for place in range(1, max(map(len, versions.values()))):
+            self.decode_kernels = {name: list(some)[min(place, len(some) - 1)] for name, some in versions.items()}
             graphs.warm_up(run, self.device, times=2)
+        size = len(self.token), reach
+        if size not in self._chosen:
+            self._chosen[size] = self._quicker_kernels(reach, versions)
+        self.decode_kernels = self._chosen[size]
+
+    def _versions(self, batch_size: int) -> dict[str, dict[str, Callable]]:
+        """Those of `Halves.decode` that serve so many sequences."""
+        one = batch_size == 1
+        return {
+            name: versions if one or name not in PRODUCTS else {"plain": versions["plain"]}
+            for name, versions in self.halves.decode.items()
+        }
 
     @property
     def _decode_stage(self) -> Stage:
-        versions = self.halves.decode
-        return versions["plain"]._replace(
-            **{name: getattr(versions[kind], name) for name, kind in self.decode_kernels.items()}
-        )
+        return Stage(**{name: self.halves.decode[name][kind] for name, kind in self.decode_kernels.items()})
 
-    def _quicker_kernels(self) -> dict[str, str]:
-        """Of each product of a decoding step the version that is quicker on the slowest rank."""
-        residual = self._embed(self.token, self.position).residual
-        x, attended = torch.randn_like(residual), torch.randn_like(residual)
-        hidden = self._decode_stage.mlp_input(x, attended, self.blocks[0], False)[1]
-        heads = torch.randn(*x.shape[:2], self.blocks[0].attention_output.shape[1], dtype=x.dtype, device=x.device)
-        calls: dict[str, Callable[..., object]] = {
-            "attention_input": lambda f, w: f(x, attended, w),
-            "attention_output": lambda f, w: f(heads, w),
-            "mlp_input": lambda f, w: f(x, attended, w, False),
-            "mlp_output": lambda f, w: (f(hidden, None, w), f(hidden, attended, w)),
-        }
+    def _quicker_kernels(self, reach: int, versions: dict[str, dict[str, Callable]]) -> dict[str, str]:
+        """Of each function of a decoding step the version with which a step is the quickest, on the slowest rank.
 
-        def run(name: str, function: Callable[..., object]) -> None:
-            for w in self.blocks[:16]:  # together too large for any cache
-                calls[name](function, w)
-
-        versions = self.halves.decode
-        taken = torch.zeros(len(PRODUCTS), len(versions), dtype=torch.float64)
-        for place, name in enumerate(PRODUCTS):
-            for version, stage in enumerate(versions.values()):
-                one = functools.partial(run, name, getattr(stage, name))
-                graphs.warm_up(one, self.device)
-                replay = graphs.capture(one, self.device)
-                taken[place, version] = min(events_ms(replay, 1) for _ in range(9))
-        if dist.is_initialized():
-            taken = slowest(taken, self.device)
-        names = list(versions)
-        return {name: names[int(best)] for name, best in zip(PRODUCTS, taken.argmin(1), strict=True)}
+        Judged inside of a step, every second block dropped, as a kernel's time depends on what runs before it.
+        """
+        states = self._embed(self.token, self.position)
+        # More weights than any cache holds.
+        step = functools.partial(self._blocks, states, Arm(frozenset(range(0, 16, 2))), reach, blocks=16)
+        chosen = {name: next(iter(some)) for name, some in versions.items()}
+        for name, some in versions.items():
+            replays = []
+            for version in some:
+                self.decode_kernels = chosen | {name: version}
+                replays.append(graphs.capture(step, self.device))
+            if len(replays) == 1:
+                continue
+            taken = torch.tensor([[events_ms(replay, 1) for replay in replays] for _ in range(_TRIALS)])
+            medians = taken.median(0).values
+            if dist.is_initialized():
+                medians = slowest(medians, self.device)
+            chosen[name] = list(some)[int(medians.argmin())]
+        return chosen

@@ -53,9 +53,10 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
         named = dict(zip(("batch_size", "prompt_length", "cache_length"), sized[place], strict=True))
         return {"config": config, "family": family, "dtype": dtype, "tp_size": tp_size, **named}
 
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if device.type == "cuda":
         for place in range(len(shapes)):
-            check_memory(rank, device=device, free=torch.cuda.mem_get_info(device)[0], **of(place))
+            check_memory(rank, device=device, free=free, what="free", **of(place))
     place, seconds = 0, {"start": time.time() - settings["began"]}
     try:
         began = time.perf_counter()
@@ -109,10 +110,9 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             found[place]["seconds"] = {name: round(taken, 1) for name, taken in whole.items()}
         return {"shapes": found}
     except torch.OutOfMemoryError as error:
-        total = torch.cuda.mem_get_info(device)[1]
         raise UserError(
-            f"rank {rank} of {tp_size} ran out of memory on {device}, {total / 1e9:.1f} GB in all: "
-            f"{str(error).split('. ')[0]}. {what_fits(total, **of(place))}."
+            f"rank {rank} of {tp_size} ran out of memory on {device}, of which {free / 1e9:.1f} GB were free: "
+            f"{str(error).split('. ')[0]}. By what is known beforehand, {what_fits(free, **of(place))}."
         ) from error
 
 
