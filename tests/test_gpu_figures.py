@@ -83,7 +83,8 @@ def test_all_reduces_are_drawn_and_shown_by_size_kind_and_interconnect(tmp_path:
 
 
 def test_ranks_probe_their_all_reduce_and_rows_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "here", lambda: {"gpu": "none"})
+    here = {"gpu": "none", "engine": "00012345", "date": "2026-11-27"}
+    monkeypatch.setattr(probe, "here", lambda: here)
     sizes = [2**10, 2**13]
     for arguments in (["--launches", "2"], ["--launches", "1"], ["--launches", "1", "--interconnects", "lbw"]):
         command = [str(tmp_path), *(["--interconnects", "native"] if len(arguments) == 2 else []), *arguments]
@@ -98,6 +99,9 @@ def test_ranks_probe_their_all_reduce_and_rows_of_others_stay(tmp_path: Path, mo
         (rows["bytes"] / rows["us"] / 1e3).to_numpy(), abs=1e-3
     )
     assert set(rows["gpu"]) == {"none"}
+    here["gpu"] = "another"
+    with pytest.raises(SystemExit, match=r"all_reduce.csv has rows of another GPU, .*; take another folder"):
+        probe.main([str(tmp_path)], devices=["cpu", "cpu"], sizes=sizes)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,8 @@ def test_ranks_probe_their_all_reduce_and_rows_of_others_stay(tmp_path: Path, mo
         ("triton_red_fused__to_copy_add_mean_mm_mul_pow_rsqrt_t_view_1", "matrix product"),
         ("triton_red_fused_mm_mul_silu_split_t_view_0", "matrix product"),
         ("triton_red_fused__to_copy_add_mean_pow_0", "the rest"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_add_cat_copy_copy__mul_0", "the rest"),
+        ("triton_tem_fused_flex_attention_2", "attention"),
         ("triton_poi_fused__unsafe_view_index_copy_mm_split_with_sizes_transpose_view_2", "the rest"),
         ("triton_per_fused__to_copy__unsafe_view_add_cat_mm_mul_neg_split_sum_transpose_unsqueeze_view_4", "attention"),
         ("triton_red_fused__softmax_bitwise_not_exp_masked_fill_mul_sub_sum_unsqueeze_6", "attention"),

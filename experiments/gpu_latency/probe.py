@@ -135,7 +135,10 @@ def main(arguments: list[str] | None = None, devices: list[str] | None = None, s
     where = devices or [f"cuda:{rank}" for rank in range(options.tp_size)]
     options.folder.mkdir(parents=True, exist_ok=True)
     file, now = options.folder / "all_reduce.csv", here()
-    rows = pd.read_csv(file) if file.exists() else pd.DataFrame()
+    rows = pd.read_csv(file, dtype={"engine": str}) if file.exists() else pd.DataFrame()
+    mine = {name: str(value) for name, value in now.items() if name != "date"}
+    if any(other != mine for other in rows.reindex(columns=list(mine)).astype(str).to_dict("records")):
+        raise SystemExit(f"{file} has rows of another GPU, driver, library or engine; take another folder.")
     for launch, link in itertools.product(range(options.launches), options.interconnects):
         found = pd.DataFrame(probe(link, where, sizes or BYTES, options.timeout)).assign(launch=launch, **now)
         if len(rows):
