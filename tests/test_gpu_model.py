@@ -17,6 +17,7 @@ from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, latency
+from spd.gpu.halves import Stage
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.model import Arm, GraphModel
 from spd.launch import run_ranks
@@ -146,17 +147,19 @@ def test_a_short_reach_and_another_size_change_no_logits() -> None:
 
 @every_family
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_version_of_a_decoding_steps_functions_gives_the_same_logits(folder: Path, batch: int) -> None:
+def test_every_version_of_every_function_gives_the_same_logits(folder: Path, batch: int) -> None:
     ids, arm = prompts(folder, batch), Arm(frozenset({2, 5}))
     model = graph_model(folder, batch_size=batch)
-    first = dict(model.decode_kernels)
+    first = {phase: dict(kinds) for phase, kinds in model.kernels.items()}
     _, want = greedy(model, ids, arm)
-    for name, versions in model.halves.decode.items():
-        assert first[name] == next(iter(versions))
-        for version in list(versions)[1:]:
-            model.decode_kernels = first | {name: version}
-            _, found = greedy(model, ids, arm)
-            torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
+    for phase, functions in model.halves.versions.items():
+        assert set(first[phase]) == set(functions) == set(Stage._fields)
+        for name, versions in functions.items():
+            assert first[phase][name] == next(iter(versions))
+            for version in list(versions)[1:]:
+                model.kernels = first | {phase: first[phase] | {name: version}}
+                _, found = greedy(model, ids, arm)
+                torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
 
 
 @every_family
@@ -260,6 +263,30 @@ def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
         step()
         tokens.append(captured.token.clone())
     assert torch.equal(torch.cat(tokens, 1), want)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_version_compiled_for_a_gpu_gives_the_same_logits(batch: int) -> None:
+    folder = REFERENCE[2]
+    ids, arm = prompts(folder, batch, "cuda"), Arm(frozenset({2, 5}))
+    options = {"batch_size": batch, "device": "cuda"}
+    _, want = greedy(graph_model(folder, **options), ids, arm)
+    model = graph_model(folder, **options, compiled=True)
+    model.prompt.copy_(ids)
+    model.capture(arm, decode=False), model.capture(arm, decode=True)  # compiles, and chooses
+    chosen = {phase: dict(kinds) for phase, kinds in model.kernels.items()}
+    for phase in chosen:
+        for name, versions in model._versions(phase).items():
+            for version in versions:
+                model.kernels = chosen | {phase: chosen[phase] | {name: version}}
+                first, step = model.capture(arm, decode=False), model.capture(arm, decode=True)
+                first()
+                for i in range(NEW):
+                    if i:
+                        step()
+                    torch.testing.assert_close(model.logits, want[i], atol=2e-3, rtol=1e-3)
 
 
 TWO = ["cuda:0", "cuda:1"]

@@ -48,6 +48,7 @@ take seconds, in which a GPU's clock has settled."""
 NEW_TOKENS = 4
 WARMUP = 0
 """As a forward that is not timed precedes each, where that matters (`Shape.primed`)."""
+PHASES = {"ttft_ms": "prefill", "tpot_ms": "decode"}
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
 
@@ -85,7 +86,7 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             "over_floor": found["over_floor"][metric],
             "communication_share": shares.get("share"),
             "communication_overlap": shares.get("overlap"),
-            "decode_kernels": json.dumps(session["decode_kernels"]) if metric == "tpot_ms" else None,
+            "kernels": json.dumps([launch[PHASES[metric]] for launch in session["kernels"]]),
             "all_reduce": chosen.get("kind"),
             "all_reduce_us": chosen["us"][chosen["kind"]] if chosen else None,
             "fell_back": json.dumps(chosen.get("fell_back", {})),
@@ -128,7 +129,7 @@ def table(rows: pd.DataFrame) -> str:
 def reached(rows: pd.DataFrame) -> str:
     """Percent of what leaving out the attention all-reduces saves that dropping all blocks does, as Markdown."""
     rows = rows[rows["drop"] == 1]
-    what = rows["metric"].map({"ttft_ms": "prefill", "tpot_ms": "decode"})
+    what = rows["metric"].map(PHASES)
     length = [f"{prompt}" if metric == "ttft_ms" else f"at {at:.0f}" for metric, prompt, at in zip(
         rows["metric"], rows["prompt_length"], rows["decode_at"], strict=True)]  # fmt: skip
     rows = rows.assign(phase=what + " " + length + ", " + rows["batch_size"].astype(str))

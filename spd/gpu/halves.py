@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -90,7 +90,7 @@ class Weights(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The functions of prefill, or of decoding: those of `Halves`."""
+    """The functions of prefill, or of decoding: of each one of `Halves.versions`."""
 
     attention_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
@@ -110,8 +110,8 @@ class Stage(NamedTuple):
         return residual, self.mlp_output(hidden, attended if dropped else None, w)
 
 
-PRODUCTS = ("attention_input", "attention_output", "mlp_input", "mlp_output")
-"""Those functions of a stage that are a matrix product, with what is fused with it."""
+TUNED = "tuned"
+"""The version of a product that is a Triton kernel chosen by trial, for one token alone."""
 
 
 class Halves:
@@ -145,10 +145,12 @@ class Halves:
             total.addmm_(activated(hidden).flatten(0, 1), w.mlp_output.T)
             return partial
 
-        self.prefill = Stage(
-            built(self.attention_input), built(self.prefill_attention), self.attention_output, built(self.mlp_input),
-            plain_output,
-        )  # fmt: skip
+        plain: dict[str, Callable] = {
+            "attention_input": built(self.attention_input),
+            "attention_output": self.attention_output,
+            "mlp_input": built(self.mlp_input),
+            "mlp_output": plain_output,
+        }
 
         # One token's products are of a matrix and a vector, and become Triton kernels, fused with what is around them.
         def tuned(f: Callable) -> Any:
@@ -169,15 +171,23 @@ class Halves:
                 partial = zeros[device]
             return added(hidden, partial, w)
 
-        products = (tuned(self.attention_input), tuned(self.attention_output), tuned_input, tuned_output)
-        plain = self.prefill._asdict()
-        self.decode: dict[str, dict[str, Callable]] = {
-            name: {"plain": plain[name], "tuned": product} for name, product in zip(PRODUCTS, products, strict=True)
+        triton: dict[str, Callable] = {
+            "attention_input": tuned(self.attention_input),
+            "attention_output": tuned(self.attention_output),
+            "mlp_input": tuned_input,
+            "mlp_output": tuned_output,
         }
-        """Function of a `Stage` -> its versions, of which sizes, GPU and luck decide the quickest: products as the
-        library's kernels or, of one token alone, as Triton kernels chosen by trial; attention as two reductions or as
-        a kernel of its own."""
-        self.decode["attend"] = {"reductions": built(self.attend_by_reductions), "flex": built(self.attend_by_flex)}
+        self.versions: dict[str, dict[str, dict[str, Callable]]] = {
+            "prefill": {
+                "attend": {"sdpa": built(self.attend_by_sdpa), "flex": built(self.attend_by_flex)},
+                **{name: {"plain": function} for name, function in plain.items()},
+            },
+            "decode": {
+                "attend": {"reductions": built(self.decode_by_reductions), "flex": built(self.decode_by_flex)},
+                **{name: {"plain": function, TUNED: triton[name]} for name, function in plain.items()},
+            },
+        }
+        """Of both phases, function of a `Stage` -> its versions, of which sizes, GPU and luck decide the quickest."""
         self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -202,15 +212,29 @@ class Halves:
             q, k = (_rotated(part, *rope) for part in (q, k))
         return q, k, v
 
-    def prefill_attention(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor
+    def attend_by_sdpa(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, causal: BlockMask
     ) -> Tensor:
         """What the heads find [B, T, H h / N] of the prompt; fills the cache [B, K/N, C, h] from its beginning."""
+        q, k, v = self._prompt(qkv, rope, keys, values)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return heads.transpose(1, 2).flatten(2)
+
+    def attend_by_flex(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, causal: BlockMask
+    ) -> Tensor:
+        """The same as a Triton kernel: cuDNN's for short prompts waits longer for its beginning than it takes."""
+        q, k, v = self._prompt(qkv, rope, keys, values)
+        heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return heads.transpose(1, 2).flatten(2)
+
+    def _prompt(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._split(qkv, keys.shape[1], rope)
         keys[:, :, : k.shape[2]] = k
         values[:, :, : v.shape[2]] = v
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return heads.transpose(1, 2).flatten(2)
+        return q, k, v
 
     def _query(
         self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, position: Tensor
@@ -221,7 +245,7 @@ class Halves:
         values.index_copy_(2, position, v)
         return q
 
-    def attend_by_reductions(
+    def decode_by_reductions(
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
@@ -238,7 +262,7 @@ class Halves:
         heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(qkv.dtype)  # [B, K/N, G, h]
         return heads.flatten(1).unsqueeze(1)
 
-    def attend_by_flex(
+    def decode_by_flex(
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,

@@ -27,7 +27,7 @@ BLOCKS = ("ttft_blocks_ms", "tpot_blocks_ms")
 
 _OF_LAUNCH = (
     *("seconds", "peak_memory_gb", "rates", "link", "all_reduce", "floor_ms"),
-    *("decode_kernels", "nccl_environment", "communication", "timeline"),
+    *("kernels", "nccl_environment", "communication", "timeline"),
 )
 
 

@@ -15,18 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd.checkpoint import Checkpoint
 from spd.families import Family
 from spd.gpu import graphs
 from spd.gpu.all_reduce import AllReduce, slowest
-from spd.gpu.halves import PRODUCTS, Halves, Stage, Weights
+from spd.gpu.halves import TUNED, Halves, Stage, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
-
-_TRIALS = 15
-"""How often each version of a decoding step is timed."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class GraphModel:
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
         self._kv_heads, self._vocab_size = kv_heads // self.halves.head_size, settings.vocab_size
-        self._chosen: dict[tuple[int, int], dict[str, str]] = {}
+        self._chosen: dict[tuple[int, int, int | None], dict[str, str]] = {}
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         """Where in the sequence the last token stands; prefill sets it, a decoding step moves it on."""
         self.resize(batch_size, prompt_length, cache_length)
@@ -132,9 +130,9 @@ class GraphModel:
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
         self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
         """Logits [B, V] that `token` was chosen by."""
-        self.decode_kernels = {name: next(iter(versions)) for name, versions in self._versions(batch_size).items()}
-        """Function of a decoding step -> which of `Halves.decode` is used; compiled, it is chosen when a step is first
-        captured."""
+        self._causal = create_block_mask(_causal, None, None, prompt_length, prompt_length, device=self.device)
+        self.kernels = {phase: _at(0, self._versions(phase)) for phase in self.halves.versions}
+        """Phase -> function -> which of `Halves.versions` is used; compiled, chosen when one is first captured."""
         self._columns = torch.arange(cache_length, device=self.device)
         self._warm: set[int | None] = set()
 
@@ -189,9 +187,9 @@ class GraphModel:
         """`R` and the sum of the `S_i` behind the last block, or the first few; decoding looks at `reach` cached
         positions, and prefill, for which that is None, at its own prompt."""
         residual, summed, rope, positions = states
-        decode = reach is not None
-        stage = self._decode_stage if decode else self.halves.prefill
-        where = (positions, self._columns[:reach] <= positions) if decode else ()
+        phase = _phase(reach)
+        stage = Stage(**{name: self.halves.versions[phase][name][kind] for name, kind in self.kernels[phase].items()})
+        where = (self._causal,) if reach is None else (positions, self._columns[:reach] <= positions)
         for i, (w, cache) in enumerate(zip(self.blocks[:blocks], self.cache[:blocks], strict=True)):
             keys, values = (part[:, :, :reach] for part in cache)
             x, partial = stage.attention(residual, summed, w, rope, keys, values, *where)
@@ -274,49 +272,59 @@ class GraphModel:
                 self._choose(*self._blocks(self._embed(ids, positions), arm, reach, blocks=2))
 
         self.position.zero_()
-        graphs.warm_up(run, self.device, times=2)
-        if reach is None:
-            return
-        versions = self._versions(len(self.token))
-        for place in range(1, max(map(len, versions.values()))):
-            self.decode_kernels = {name: list(some)[min(place, len(some) - 1)] for name, some in versions.items()}
+        phase, size = _phase(reach), (*self.prompt.shape, reach)
+        versions = self._versions(phase)
+        for place in range(max(map(len, versions.values()))):
+            self.kernels[phase] = _at(place, versions)
             graphs.warm_up(run, self.device, times=2)
-        size = len(self.token), reach
         if size not in self._chosen:
             self._chosen[size] = self._quicker_kernels(reach, versions)
-        self.decode_kernels = self._chosen[size]
+        self.kernels[phase] = self._chosen[size]
 
-    def _versions(self, batch_size: int) -> dict[str, dict[str, Callable]]:
-        """Those of `Halves.decode` that serve so many sequences."""
-        one = batch_size == 1
+    def _versions(self, phase: str) -> dict[str, list[str]]:
+        """Names of those of `Halves.versions` that serve this batch size."""
+        one = phase == "decode" and len(self.token) == 1
         return {
-            name: versions if one or name not in PRODUCTS else {"plain": versions["plain"]}
-            for name, versions in self.halves.decode.items()
+            name: [kind for kind in some if one or kind != TUNED] for name, some in self.halves.versions[phase].items()
         }
 
-    @property
-    def _decode_stage(self) -> Stage:
-        return Stage(**{name: self.halves.decode[name][kind] for name, kind in self.decode_kernels.items()})
+    def _quicker_kernels(self, reach: int | None, versions: dict[str, list[str]]) -> dict[str, str]:
+        """Of each function of a phase the version with which it is the quickest, on the slowest rank.
 
-    def _quicker_kernels(self, reach: int, versions: dict[str, dict[str, Callable]]) -> dict[str, str]:
-        """Of each function of a decoding step the version with which a step is the quickest, on the slowest rank.
-
-        Judged inside of a step, every second block dropped, as a kernel's time depends on what runs before it.
+        Judged inside of blocks, every second of them dropped, as a kernel's time depends on what runs before it.
         """
-        states = self._embed(self.token, self.position)
-        # More weights than any cache holds.
-        step = functools.partial(self._blocks, states, Arm(frozenset(range(0, 16, 2))), reach, blocks=16)
-        chosen = {name: next(iter(some)) for name, some in versions.items()}
+        decode, phase = reach is not None, _phase(reach)
+        ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
+        # Sixteen blocks have more weights than any cache holds.
+        arm, blocks = Arm(frozenset(range(0, 16, 2))), 16 if decode else 4
+        run = functools.partial(self._blocks, self._embed(ids, positions), arm, reach, blocks=blocks)
+        chosen, pool = _at(0, versions), graphs.shared_pool(self.device)
         for name, some in versions.items():
+            if len(some) == 1:
+                continue
             replays = []
             for version in some:
-                self.decode_kernels = chosen | {name: version}
-                replays.append(graphs.capture(step, self.device))
-            if len(replays) == 1:
-                continue
-            taken = torch.tensor([[events_ms(replay, 1) for replay in replays] for _ in range(_TRIALS)])
-            medians = taken.median(0).values
-            if dist.is_initialized():
-                medians = slowest(medians, self.device)
-            chosen[name] = list(some)[int(medians.argmin())]
+                self.kernels[phase] = chosen | {name: version}
+                replays.append(graphs.capture(run, self.device, pool))
+            once = _slowest(torch.tensor([events_ms(replays[0], 1)]), self.device).item()
+            trials = max(3, min(15, int(500 / once)))  # about as long for each function, but those of seconds
+            taken = torch.tensor([[events_ms(replay, 1) for replay in replays] for _ in range(trials)])
+            chosen[name] = some[int(_slowest(taken.median(0).values, self.device).argmin())]
         return chosen
+
+
+def _phase(reach: int | None) -> str:
+    return "prefill" if reach is None else "decode"
+
+
+def _at(place: int, versions: dict[str, list[str]]) -> dict[str, str]:
+    """Of each function the version at a place, or its last."""
+    return {name: some[min(place, len(some) - 1)] for name, some in versions.items()}
+
+
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _slowest(values: Tensor, device: torch.device) -> Tensor:
+    return slowest(values, device) if dist.is_initialized() else values

@@ -190,7 +190,9 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             for p, phase in enumerate(phases)
         },
         "seconds": seconds,
-        "decode_kernels": None if shape.decode_at is None else model.decode_kernels,
+        "kernels": {
+            phase: kinds for phase, kinds in model.kernels.items() if phase == "prefill" or "tpot_ms" in shape.metrics
+        },
         "nccl_environment": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "peak_memory_gb": round(float(all_reduce.slowest(peak, device)) / 1e9, 3),
         "rates": {
