@@ -130,6 +130,36 @@ def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
         assert counted == [(1, 1, 192)] * expected
 
 
+class InRoom(all_reduce.TwoShot):
+    """In place of the sum over ranks, which needs GPUs: thrice what one rank has, in the room for it."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__(torch.full((largest,), torch.nan), "")
+        self.copied = self.count = 0
+
+    def __call__(self, local: Tensor) -> Tensor:
+        shared = self.room(local.shape)
+        self.count += 1
+        if local.data_ptr() != shared.data_ptr():
+            self.copied += 1
+            shared.copy_(local)
+        return shared.mul_(3)
+
+
+@every_family
+@pytest.mark.parametrize("arm", [Arm(), Arm(frozenset({0, 4, 11})), Arm(attention_all_reduce=False)], ids=str)
+def test_products_left_where_they_are_summed_are_the_same_and_not_copied(folder: Path, arm: Arm) -> None:
+    ids = prompts(folder, 2)
+    _, want = greedy(graph_model(folder, 2, 0, batch_size=2, all_reduce=lambda local: 3 * local), ids, arm)
+    sizes = [ids.numel() * 192, len(ids) * 192]
+    reduces = {size: InRoom(size) for size in sizes}
+    model = graph_model(folder, 2, 0, batch_size=2, all_reduce=all_reduce.BySize(reduces))
+    _, found = greedy(model, ids, arm)
+    torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
+    assert [reduce.count for reduce in reduces.values()] == [arm.all_reduces(12), (NEW - 1) * arm.all_reduces(12)]
+    assert not any(reduce.copied for reduce in reduces.values())
+
+
 def test_a_short_reach_and_another_size_change_no_logits() -> None:
     folder = REFERENCE[0]
     ids, arm = prompts(folder, 2), Arm(frozenset({2, 5}))

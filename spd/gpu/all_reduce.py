@@ -37,7 +37,7 @@ def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> A
 
     Returns:
         The sum; with symmetric memory all of its calls share one buffer, so they have to follow each other on a stream,
-        and two_shot's sum is in that buffer.
+        and two_shot's sum is in that buffer (`room`).
 
     Raises:
         UserError: an unknown kind, or symmetric memory where there is no GPU.
@@ -61,13 +61,45 @@ def make(kind: str, largest: int, dtype: torch.dtype, device: torch.device) -> A
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, local.view(-1), "sum", name)
         return total.view_as(local)
 
-    def two_shot(local: Tensor) -> Tensor:
-        shared = buffer[: local.numel()].view_as(local)
-        shared.copy_(local)
-        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", name)
+    return one_shot if kind == "one_shot" else TwoShot(buffer, name)
+
+
+class TwoShot:
+    """Sums in a buffer that all ranks read and write; what a product has left there need not be copied."""
+
+    def __init__(self, buffer: Tensor, group: str) -> None:
+        self.buffer, self.group = buffer, group
+
+    def room(self, shape: torch.Size) -> Tensor:
+        """That part of the buffer in which a message of this shape is summed."""
+        return self.buffer[: shape.numel()].view(shape)
+
+    def __call__(self, local: Tensor) -> Tensor:
+        shared = self.room(local.shape)
+        if local.data_ptr() != shared.data_ptr():
+            shared.copy_(local)
+        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self.group)
         return shared
 
-    return one_shot if kind == "one_shot" else two_shot
+
+class BySize:
+    """Sums messages of some sizes, each in its own way."""
+
+    def __init__(self, made: dict[int, AllReduce]) -> None:
+        self.made = made
+
+    def __call__(self, local: Tensor) -> Tensor:
+        return self.made[local.numel()](local)
+
+
+def room(reduce: AllReduce | None, shape: torch.Size) -> Tensor | None:
+    """Where a product is best left that this will sum: None for anywhere.
+
+    What lies there is overwritten by the next one. It is safe to: when a sum is done, no other rank reads there.
+    """
+    if isinstance(reduce, BySize):
+        reduce = reduce.made[shape.numel()]
+    return reduce.room(shape) if isinstance(reduce, TwoShot) else None
 
 
 def _by_process_group(local: Tensor) -> Tensor:
@@ -125,10 +157,7 @@ def choose(
         made[size] = working[best]
         found[size] = {"kind": best, "us": us, "fell_back": refused}
 
-    def by_size(local: Tensor) -> Tensor:
-        return made[local.numel()](local)
-
-    return by_size, found
+    return BySize(made), found
 
 
 def _on(device: torch.device) -> torch.device:
@@ -178,10 +207,12 @@ def _why_not(
 def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Microseconds of one all-reduce of `size` numbers among many in a CUDA graph, the slowest rank's."""
     zeros = torch.zeros(size, dtype=dtype, device=device)
+    there = room(reduce, zeros.shape)
+    message = zeros if there is None else there.zero_()
 
     def many() -> None:
         for _ in range(_CALLS):
-            reduce(zeros)
+            reduce(message)
 
     graphs.warm_up(many, device)
     replay = graphs.capture(many, device)

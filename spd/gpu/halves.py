@@ -94,20 +94,24 @@ class Stage(NamedTuple):
 
     attention_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
-    attention_output: Callable[[Tensor, Weights], Tensor]
+    attention_output: Callable[[Tensor, Weights, Tensor | None], Tensor]
     mlp_input: Callable[[Tensor, Tensor, Weights, bool], tuple[Tensor, Tensor]]
-    mlp_output: Callable[[Tensor, Tensor | None, Weights], Tensor]
+    mlp_output: Callable[[Tensor, Tensor | None, Weights, Tensor | None], Tensor]
 
-    def attention(self, residual: Tensor, summed: Tensor, w: Weights, *where: Any) -> tuple[Tensor, Tensor]:
-        """`X` and `P_i` [B, T, D]; `where` is what `attend` takes beside queries, keys and values."""
+    def attention(
+        self, residual: Tensor, summed: Tensor, w: Weights, room: Tensor | None, *where: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`X` and `P_i` [B, T, D], which may be left in `room`; `where` is what `attend` takes beside queries."""
         x, qkv = self.attention_input(residual, summed, w)
-        return x, self.attention_output(self.attend(qkv, *where), w)
+        return x, self.attention_output(self.attend(qkv, *where), w, room)
 
-    def mlp(self, x: Tensor, attended: Tensor, w: Weights, *, dropped: bool) -> tuple[Tensor, Tensor]:
-        """`R` and `S_i` [B, T, D], from `X` and the sum of the `P_i`; where the block is dropped, from `X` and `P_i`,
-        which it may overwrite."""
+    def mlp(
+        self, x: Tensor, attended: Tensor, w: Weights, room: Tensor | None, *, dropped: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`R` and `S_i` [B, T, D], which may be left in `room`, from `X` and the sum of the `P_i`; where the block is
+        dropped, from `X` and `P_i`. Both of these may be overwritten, and so may be in the same `room`."""
         residual, hidden = self.mlp_input(x, attended, w, dropped)
-        return residual, self.mlp_output(hidden, attended if dropped else None, w)
+        return residual, self.mlp_output(hidden, attended if dropped else None, w, room)
 
 
 TUNED = "tuned"
@@ -137,9 +141,9 @@ class Halves:
         torch._dynamo.config.recompile_limit = 64  # a function has a version for each shape and model
         activated = built(self.activated)
 
-        def plain_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
+        def plain_output(hidden: Tensor, partial: Tensor | None, w: Weights, room: Tensor | None) -> Tensor:
             if partial is None:
-                return F.linear(activated(hidden), w.mlp_output)
+                return _product(activated(hidden), w.mlp_output, room)
             # In place the product's own kernel adds `P_i`; compiled, the sum is one kernel more.
             total = partial.view(-1, partial.shape[-1])  # never a copy: the sum would be lost
             total.addmm_(activated(hidden).flatten(0, 1), w.mlp_output.T)
@@ -147,7 +151,7 @@ class Halves:
 
         plain: dict[str, Callable] = {
             "attention_input": built(self.attention_input),
-            "attention_output": self.attention_output,
+            "attention_output": lambda heads, w, room: _product(heads, w.attention_output, room),
             "mlp_input": built(self.mlp_input),
             "mlp_output": plain_output,
         }
@@ -156,14 +160,14 @@ class Halves:
         def tuned(f: Callable) -> Any:
             return built(f, coordinate_descent_tuning=True)
 
-        both, added = tuned(self._mlp_input), tuned(self.mlp_output)
+        both, added, attention_output = (tuned(f) for f in (self._mlp_input, self.mlp_output, self.attention_output))
         zeros: dict[torch.device, Tensor] = {}
 
         def tuned_input(x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
             of_tp, of_spd, hidden = both(x, attended, w)
             return of_spd if dropped else of_tp, hidden
 
-        def tuned_output(hidden: Tensor, partial: Tensor | None, w: Weights) -> Tensor:
+        def tuned_output(hidden: Tensor, partial: Tensor | None, w: Weights, room: Tensor | None) -> Tensor:
             if partial is None:  # an SPD block's very kernel, with nothing to add: which is chosen by trial differs
                 device = w.mlp_output.device
                 if device not in zeros:
@@ -173,7 +177,7 @@ class Halves:
 
         triton: dict[str, Callable] = {
             "attention_input": tuned(self.attention_input),
-            "attention_output": tuned(self.attention_output),
+            "attention_output": lambda heads, w, room: attention_output(heads, w),
             "mlp_input": tuned_input,
             "mlp_output": tuned_output,
         }
@@ -321,6 +325,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of [B, heads, T, h] by [T, h]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _product(x: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
+    """`x W'` [B, T, D], in `room` if there is one."""
+    if room is None:
+        return F.linear(x, weight)
+    torch.mm(x.flatten(0, 1), weight.T, out=room.view(-1, len(weight)))
+    return room
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

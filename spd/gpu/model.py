@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd.checkpoint import Checkpoint
 from spd.families import Family
-from spd.gpu import graphs
-from spd.gpu.all_reduce import AllReduce, slowest
+from spd.gpu import all_reduce, graphs
+from spd.gpu.all_reduce import AllReduce
 from spd.gpu.halves import TUNED, Halves, Stage, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
@@ -189,13 +189,14 @@ class GraphModel:
         residual, summed, rope, positions = states
         phase = _phase(reach)
         stage = Stage(**{name: self.halves.versions[phase][name][kind] for name, kind in self.kernels[phase].items()})
+        room = all_reduce.room(self.all_reduce, residual.shape)
         where = (self._causal,) if reach is None else (positions, self._columns[:reach] <= positions)
         for i, (w, cache) in enumerate(zip(self.blocks[:blocks], self.cache[:blocks], strict=True)):
             keys, values = (part[:, :, :reach] for part in cache)
-            x, partial = stage.attention(residual, summed, w, rope, keys, values, *where)
+            x, partial = stage.attention(residual, summed, w, room, rope, keys, values, *where)
             dropped = i in arm.dropped
             attended = partial if dropped or not arm.attention_all_reduce else self._sum(partial)
-            residual, local = stage.mlp(x, attended, w, dropped=dropped)
+            residual, local = stage.mlp(x, attended, w, room, dropped=dropped)
             summed = self._sum(local) if arm.mlp_all_reduce else local
         return residual, summed
 
@@ -327,4 +328,4 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _slowest(values: Tensor, device: torch.device) -> Tensor:
-    return slowest(values, device) if dist.is_initialized() else values
+    return all_reduce.slowest(values, device) if dist.is_initialized() else values
