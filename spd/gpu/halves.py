@@ -183,11 +183,17 @@ class Halves:
         }
         self.versions: dict[str, dict[str, dict[str, Callable]]] = {
             "prefill": {
-                "attend": {"sdpa": built(self.attend_by_sdpa), "flex": built(self.attend_by_flex)},
+                "attend": {
+                    "sdpa": built(lambda *given: self._prompt(_prompt_by_sdpa, *given)),
+                    "flex": built(lambda *given: self._prompt(_prompt_by_flex, *given)),
+                },
                 **{name: {"plain": function} for name, function in plain.items()},
             },
             "decode": {
-                "attend": {"reductions": built(self.decode_by_reductions), "flex": built(self.decode_by_flex)},
+                "attend": {
+                    "reductions": built(lambda *given: self._token(_token_by_reductions, *given)),
+                    "flex": built(lambda *given: self._token(_token_by_flex, *given)),
+                },
                 **{name: {"plain": function, TUNED: triton[name]} for name, function in plain.items()},
             },
         }
@@ -216,41 +222,24 @@ class Halves:
             q, k = (_rotated(part, *rope) for part in (q, k))
         return q, k, v
 
-    def attend_by_sdpa(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, causal: BlockMask
+    def _prompt(
+        self,
+        attend: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor],
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        causal: BlockMask,
     ) -> Tensor:
         """What the heads find [B, T, H h / N] of the prompt; fills the cache [B, K/N, C, h] from its beginning."""
-        q, k, v = self._prompt(qkv, rope, keys, values)
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return heads.transpose(1, 2).flatten(2)
-
-    def attend_by_flex(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, causal: BlockMask
-    ) -> Tensor:
-        """The same as a Triton kernel: cuDNN's for short prompts waits longer for its beginning than it takes."""
-        q, k, v = self._prompt(qkv, rope, keys, values)
-        heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
-        return heads.transpose(1, 2).flatten(2)
-
-    def _prompt(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._split(qkv, keys.shape[1], rope)
         keys[:, :, : k.shape[2]] = k
         values[:, :, : v.shape[2]] = v
-        return q, k, v
+        return attend(q, k, v, causal).transpose(1, 2).flatten(2)
 
-    def _query(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, position: Tensor
-    ) -> Tensor:
-        """Queries [B, H/N, 1, h] of the token at `position` [1], whose keys and values go into the cache."""
-        q, k, v = self._split(qkv, keys.shape[1], rope)
-        keys.index_copy_(2, position, k)
-        values.index_copy_(2, position, v)
-        return q
-
-    def decode_by_reductions(
+    def _token(
         self,
+        attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         keys: Tensor,
@@ -259,30 +248,10 @@ class Halves:
         mask: Tensor,
     ) -> Tensor:
         """What the heads find [B, 1, H h / N] of the token at `position` [1]; `mask` [C] is True up to it."""
-        q = self._query(qkv, rope, keys, values, position)
-        of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
-        scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * self.head_size**-0.5  # [B, K/N, G, C]
-        shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(qkv.dtype)  # [B, K/N, G, h]
-        return heads.flatten(1).unsqueeze(1)
-
-    def decode_by_flex(
-        self,
-        qkv: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        keys: Tensor,
-        values: Tensor,
-        position: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
-        """The same by torch's kernel for decoding, which cuts the cache into parts that are read at once."""
-
-        def known(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return torch.where(mask[key], score, -torch.inf)
-
-        q = self._query(qkv, rope, keys, values, position)
-        heads: Any = flex_attention(q, keys, values, score_mod=known, enable_gqa=q.shape[1] != keys.shape[1])
-        return heads.transpose(1, 2).flatten(2)
+        q, k, v = self._split(qkv, keys.shape[1], rope)
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        return attend(q, keys, values, mask).flatten(1).unsqueeze(1)
 
     @staticmethod
     def attention_output(heads: Tensor, w: Weights) -> Tensor:
@@ -325,6 +294,39 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of [B, heads, T, h] by [T, h]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _prompt_by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
+    """Queries [B, H/N, T, h], keys and values [B, K/N, T, h] -> [B, H/N, T, h]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
+    """A Triton kernel: cuDNN's, for a short prompt, waits as long for its beginning as it takes.
+
+    For GPUs: compiled for a CPU by torch 2.13 it reads `v` from the wrong place, which is a view.
+    """
+    heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return heads
+
+
+def _token_by_reductions(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Queries [B, H/N, 1, h], keys and values [B, K/N, C, h] -> [B, H/N, 1, h], as sums that are fused with softmax."""
+    of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
+    scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5  # [B, K/N, G, C]
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(q.dtype)  # [B, K/N, G, h]
+    return heads.flatten(1, 2).unsqueeze(2)
+
+
+def _token_by_flex(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """torch's kernel for decoding, which cuts the cache into parts that are read at once."""
+
+    def known(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.where(mask[key], score, -torch.inf)
+
+    heads: Any = flex_attention(q, keys, values, score_mod=known, enable_gqa=q.shape[1] != keys.shape[1])
+    return heads
 
 
 def _product(x: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
