@@ -59,7 +59,9 @@ def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
     ranks, sizes = dist.get_world_size(), [settings["prompt_length"] * config.hidden_size, config.hidden_size]
     models, arm = {}, Arm(frozenset(settings["dropped"]))
     for name, dtype in (("captured", torch.bfloat16), ("plain", torch.bfloat16), ("exact", torch.float32)):
-        reduce, chosen = all_reduce.choose("auto" if name == "captured" else "nccl", sizes, dtype, device)
+        reduce, chosen = all_reduce.choose(
+            "auto" if name == "captured" else "nccl", sizes, dtype, device, copied=config.hidden_size
+        )
         models[name] = GraphModel(
             config, family_of(config), ranks, rank, prompt_length=settings["prompt_length"], cache_length=512,
             all_reduce=reduce, dtype=dtype, device=device, compiled=name == "captured",

@@ -77,10 +77,12 @@ def kind_of(kernel: dict[str, Any]) -> str:
     if kernel["communicates"]:
         return "all-reduce"
     name = kernel["name"].lower()
-    if name.startswith("triton_poi"):  # elementwise, whatever stands beside it and so in its name
+    if "flex_attention" in name:
+        return "attention"
+    if name.startswith("triton_poi"):  # elementwise, whatever else it stands beside and so has in its name
         return "the rest"
     # In decoding attention is Triton kernels: scores (a sum over the transposed queries), softmax, and its product.
-    attention = ("flash", "fmha", "flex_", "attention", "cudnn_generated", "softmax", "sum_transpose")
+    attention = ("flash", "fmha", "attention", "cudnn_generated", "softmax", "sum_transpose")
     products = ("gemm", "nvjet", "cutlass", "gemv", "splitk")
     if any(word in name for word in attention):
         return "attention"

@@ -108,7 +108,7 @@ def _by_process_group(local: Tensor) -> Tensor:
 
 
 def choose(
-    kind: str, sizes: list[int], dtype: torch.dtype, device: torch.device, *, direct_links: bool = True
+    kind: str, sizes: list[int], dtype: torch.dtype, device: torch.device, *, direct_links: bool = True, copied: int = 0
 ) -> tuple[AllReduce, dict[int, dict[str, Any]]]:
     """The all-reduce to use for each message size, and why.
 
@@ -118,6 +118,7 @@ def choose(
         kind: one of `KINDS`, or "auto": of those that work here the one measured to be quickest, for each size.
         sizes: numbers in a message.
         direct_links: False where an interconnect without them is measured: symmetric memory would still use them.
+        copied: numbers in the largest message that no product leaves in its `room`: its copy there is measured too.
 
     Returns:
         The sum, for messages of these sizes; and of each size "kind", "us" (microseconds of each kind that was tried,
@@ -147,7 +148,7 @@ def choose(
                     reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 reason = _agreed(reason, device)
             if reason is None:
-                us[name] = round(time_us(working[name], size, dtype, device), 2)
+                us[name] = round(time_us(working[name], size, dtype, device, copied=size <= copied), 2)
             else:
                 refused[name] = reason
         if not us:
@@ -204,10 +205,11 @@ def _why_not(
     return f"GPU {mine} cannot read GPU {far[0]}'s memory directly" if far else None
 
 
-def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Microseconds of one all-reduce of `size` numbers among many in a CUDA graph, the slowest rank's."""
+def time_us(reduce: AllReduce, size: int, dtype: torch.dtype, device: torch.device, *, copied: bool = False) -> float:
+    """Microseconds of one all-reduce of `size` numbers among many in a CUDA graph, the slowest rank's; where it sums in
+    a `room`, with or without the copy into that."""
     zeros = torch.zeros(size, dtype=dtype, device=device)
-    there = room(reduce, zeros.shape)
+    there = None if copied else room(reduce, zeros.shape)
     message = zeros if there is None else there.zero_()
 
     def many() -> None:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from spd.families import Family
+from spd.gpu import attention
 from spd.sharding import Kind
 
 
@@ -184,15 +185,15 @@ class Halves:
         self.versions: dict[str, dict[str, dict[str, Callable]]] = {
             "prefill": {
                 "attend": {
-                    "sdpa": built(lambda *given: self._prompt(_prompt_by_sdpa, *given)),
-                    "flex": built(lambda *given: self._prompt(_prompt_by_flex, *given)),
+                    "sdpa": built(lambda *given: self._prompt(attention.prompt_by_sdpa, *given)),
+                    "flex": built(lambda *given: self._prompt(attention.prompt_by_flex, *given)),
                 },
                 **{name: {"plain": function} for name, function in plain.items()},
             },
             "decode": {
                 "attend": {
-                    "reductions": built(lambda *given: self._token(_token_by_reductions, *given)),
-                    "flex": built(lambda *given: self._token(_token_by_flex, *given)),
+                    "reductions": built(lambda *given: self._token(attention.token_by_reductions, *given)),
+                    "flex": built(lambda *given: self._token(attention.token_by_flex, *given)),
                 },
                 **{name: {"plain": function, TUNED: triton[name]} for name, function in plain.items()},
             },
@@ -239,19 +240,21 @@ class Halves:
 
     def _token(
         self,
-        attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor, Tensor, BlockMask], Tensor],
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         values: Tensor,
         position: Tensor,
         mask: Tensor,
+        parts: BlockMask,
     ) -> Tensor:
-        """What the heads find [B, 1, H h / N] of the token at `position` [1]; `mask` [C] is True up to it."""
+        """What the heads find [B, 1, H h / N] of the token at `position` [1]; `mask` [C] is True up to it, and `parts`
+        are those of `spd.gpu.attention.in_parts`."""
         q, k, v = self._split(qkv, keys.shape[1], rope)
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
-        return attend(q, keys, values, mask).flatten(1).unsqueeze(1)
+        return attend(q, keys, values, mask, parts).flatten(1).unsqueeze(1)
 
     @staticmethod
     def attention_output(heads: Tensor, w: Weights) -> Tensor:
@@ -294,39 +297,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of [B, heads, T, h] by [T, h]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def _prompt_by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
-    """Queries [B, H/N, T, h], keys and values [B, K/N, T, h] -> [B, H/N, T, h]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
-    """A Triton kernel: cuDNN's, for a short prompt, waits as long for its beginning as it takes.
-
-    For GPUs: compiled for a CPU by torch 2.13 it reads `v` from the wrong place, which is a view.
-    """
-    heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return heads
-
-
-def _token_by_reductions(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Queries [B, H/N, 1, h], keys and values [B, K/N, C, h] -> [B, H/N, 1, h], as sums that are fused with softmax."""
-    of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
-    scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5  # [B, K/N, G, C]
-    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(q.dtype)  # [B, K/N, G, h]
-    return heads.flatten(1, 2).unsqueeze(2)
-
-
-def _token_by_flex(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """torch's kernel for decoding, which cuts the cache into parts that are read at once."""
-
-    def known(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return torch.where(mask[key], score, -torch.inf)
-
-    heads: Any = flex_attention(q, keys, values, score_mod=known, enable_gqa=q.shape[1] != keys.shape[1])
-    return heads
 
 
 def _product(x: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from spd.checkpoint import Checkpoint
 from spd.families import Family
 from spd.gpu import all_reduce, graphs
 from spd.gpu.all_reduce import AllReduce
+from spd.gpu.attention import in_parts
 from spd.gpu.halves import TUNED, Halves, Stage, Weights
 from spd.gpu.limits import events_ms
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
@@ -135,6 +136,7 @@ class GraphModel:
         """Phase -> function -> which of `Halves.versions` is used; compiled, chosen when one is first captured."""
         self._columns = torch.arange(cache_length, device=self.device)
         self._warm: set[int | None] = set()
+        self._parts = functools.cache(functools.partial(in_parts, device=self.device))
 
     @torch.no_grad()
     def _read(
@@ -189,8 +191,11 @@ class GraphModel:
         residual, summed, rope, positions = states
         phase = _phase(reach)
         stage = Stage(**{name: self.halves.versions[phase][name][kind] for name, kind in self.kernels[phase].items()})
-        room = all_reduce.room(self.all_reduce, residual.shape)
-        where = (self._causal,) if reach is None else (positions, self._columns[:reach] <= positions)
+        # One token's product may be a kernel that leaves its result nowhere else.
+        room = all_reduce.room(self.all_reduce, residual.shape) if residual.shape[:2].numel() > 1 else None
+        where: tuple[Any, ...] = (self._causal,)
+        if reach is not None:
+            where = positions, self._columns[:reach] <= positions, self._parts(reach)
         for i, (w, cache) in enumerate(zip(self.blocks[:blocks], self.cache[:blocks], strict=True)):
             keys, values = (part[:, :, :reach] for part in cache)
             x, partial = stage.attention(residual, summed, w, room, rope, keys, values, *where)
@@ -299,17 +304,21 @@ class GraphModel:
         # Sixteen blocks have more weights than any cache holds.
         arm, blocks = Arm(frozenset(range(0, 16, 2))), 16 if decode else 4
         run = functools.partial(self._blocks, self._embed(ids, positions), arm, reach, blocks=blocks)
-        chosen, pool = _at(0, versions), graphs.shared_pool(self.device)
+        chosen = _at(0, versions)
         for name, some in versions.items():
             if len(some) == 1:
                 continue
-            replays = []
+            replays, pool = [], graphs.shared_pool(self.device)
             for version in some:
                 self.kernels[phase] = chosen | {name: version}
                 replays.append(graphs.capture(run, self.device, pool))
+                replays[-1]()
             once = _slowest(torch.tensor([events_ms(replays[0], 1)]), self.device).item()
-            trials = max(3, min(15, int(500 / once)))  # about as long for each function, but those of seconds
-            taken = torch.tensor([[events_ms(replay, 1) for replay in replays] for _ in range(trials)])
+            trials = max(3, min(21, int(500 / once)))  # about as long for each function, but those of seconds
+            taken = torch.zeros(trials, len(some))
+            for trial in range(trials):
+                for place in range(len(some))[:: -1 if trial % 2 else 1]:
+                    taken[trial, place] = events_ms(replays[place], 1)
             chosen[name] = some[int(_slowest(taken.median(0).values, self.device).argmin())]
         return chosen
 

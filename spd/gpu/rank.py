@@ -70,6 +70,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
                 dtype,
                 device,
                 direct_links=settings["interconnect"] == "native",
+                copied=config.hidden_size,
             )
         seconds["links"], began = time.perf_counter() - began, time.perf_counter()
         model = GraphModel(

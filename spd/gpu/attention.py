@@ -1,0 +1,61 @@
+"""Attention of a whole prompt and of one token, each by two kernels.
+
+Legend: B batch, T tokens, C cached positions, H query heads, K key/value heads, G = H / K, h head size, N ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+_AT_ONCE = 264
+"""Parts that are read at once, of all sequences and heads: two for each multiprocessor of an H100."""
+
+
+def prompt_by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
+    """Queries [B, H/N, T, h], keys and values [B, K/N, T, h] -> [B, H/N, T, h]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
+    """A Triton kernel: cuDNN's, for a short prompt, waits as long for its beginning as it takes.
+
+    For GPUs: compiled for a CPU by torch 2.13 it reads `v` from the wrong place, which is a view.
+    """
+    heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return heads
+
+
+def token_by_reductions(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, _: BlockMask) -> Tensor:
+    """Queries [B, H/N, 1, h], keys and values [B, K/N, C, h] -> [B, H/N, 1, h], as sums that are fused with softmax."""
+    of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
+    scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5  # [B, K/N, G, C]
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    heads = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2).to(q.dtype)  # [B, K/N, G, h]
+    return heads.flatten(1, 2).unsqueeze(2)
+
+
+def token_by_flex(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, parts: BlockMask) -> Tensor:
+    """torch's kernel for decoding: parts of the cache are read at once, and what they give is put together."""
+
+    def known(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.where(mask[key], score, -torch.inf)
+
+    at_once = min(parts.kv_indices.shape[-1], max(1, _AT_ONCE // (keys.shape[0] * keys.shape[1])))
+    options: Any = {"SPLIT_KV": at_once}
+    heads: Any = flex_attention(
+        q, keys, values, score_mod=known, block_mask=parts, enable_gqa=q.shape[1] != keys.shape[1],
+        kernel_options=options,
+    )  # fmt: skip
+    return heads
+
+
+def in_parts(reach: int, device: torch.device) -> BlockMask:
+    """The first `reach` positions of a cache in parts of 64: without, flex attention sees one part, and reads by one
+    multiprocessor a head (pytorch/pytorch#167935)."""
+    parts = -(-reach // 64)
+    number = torch.full((1, 1, 1), parts, dtype=torch.int32, device=device)
+    which = torch.arange(parts, dtype=torch.int32, device=device).view(1, 1, 1, -1)
+    return BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=(128, 64), seq_lengths=(1, reach), compute_q_blocks=False)
