@@ -158,6 +158,9 @@ def test_products_left_where_they_are_summed_are_the_same_and_not_copied(folder:
     torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
     assert [reduce.count for reduce in reduces.values()] == [arm.all_reduces(12), (NEW - 1) * arm.all_reduces(12)]
     assert not any(reduce.copied for reduce in reduces.values())
+    by_size = all_reduce.BySize(reduces, copied=sizes[1])  # of one token of each sequence
+    assert all_reduce.room(by_size, torch.Size((2, 1, 192))) is None
+    assert all_reduce.room(by_size, torch.Size((2, PROMPT, 192))) is not None
 
 
 def test_a_short_reach_and_another_size_change_no_logits() -> None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from experiments.gpu_latency.measure import phase_of
 from spd.figures import COLOURS, MARKERS
 
 CEILING = "no attention all-reduce"
@@ -53,8 +54,7 @@ def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _phase(phase: Any) -> str:
-    what = f"prefill {phase.prompt_length}" if phase.metric == "ttft_ms" else f"decode at {phase.decode_at:.0f}"
-    return f"{what}, batch {phase.batch_size}"
+    return f"{phase_of(phase.metric, phase.prompt_length, phase.decode_at)}, batch {phase.batch_size}"
 
 
 def _line(axes: Axes, rows: pd.DataFrame, model: str, k: int) -> None:
@@ -112,7 +112,7 @@ def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
                 part = [(kernel["start_us"], kernel["end_us"] - kernel["start_us"])]
                 axes.broken_barh(part, (-place - 0.35, 0.7), color=KINDS[kind_of(kernel)], edgecolor="white", lw=0.4)
             axes.text(kernels[-1]["end_us"], -place, f" {kernels[-1]['end_us']:.0f} us", va="center", fontsize=9)
-        phase = f"prefill {session['prompt_length']}" if metric == "ttft_ms" else f"decode at {session['decode_at']}"
+        phase = phase_of(metric, session["prompt_length"], session["decode_at"])
         link = f"tp {session['tp_size']}, {session['interconnect']}"
         axes.set_title(f"{session['model']}, {link}, {phase}, batch {session['batch_size']}", fontsize=10)
         axes.set_yticks([0, -1], ["TP", "SPD"])

@@ -114,7 +114,7 @@ def table(rows: pd.DataFrame) -> str:
     keys = ["model", "tp_size", "interconnect", "batch_size", "prompt_length", "decode_at", "metric"]
     for (model, tp_size, link, batch, prompt, at, metric), some in rows.groupby(keys, sort=False, dropna=False):
         by_arm = some.set_index("arm")
-        phase = f"prefill {prompt}" if metric == "ttft_ms" else f"decode at {at:.0f}"
+        phase = phase_of(metric, prompt, at)
         cells = [f"{by_arm.loc[tp, 'median_ms']:.2f} ({by_arm.loc[tp, 'over_floor']:.2f})"]
         for arm in others:
             if arm not in by_arm.index:
@@ -129,10 +129,8 @@ def table(rows: pd.DataFrame) -> str:
 def reached(rows: pd.DataFrame) -> str:
     """Percent of what leaving out the attention all-reduces saves that dropping all blocks does, as Markdown."""
     rows = rows[rows["drop"] == 1]
-    what = rows["metric"].map(PHASES)
-    length = [f"{prompt}" if metric == "ttft_ms" else f"at {at:.0f}" for metric, prompt, at in zip(
-        rows["metric"], rows["prompt_length"], rows["decode_at"], strict=True)]  # fmt: skip
-    rows = rows.assign(phase=what + " " + length + ", " + rows["batch_size"].astype(str))
+    shapes = rows[["metric", "prompt_length", "decode_at", "batch_size"]].itertuples(index=False, name=None)
+    rows = rows.assign(phase=[f"{phase_of(*of)}, {batch}" for *of, batch in shapes])
     wide = rows.pivot_table(
         index=["model", "tp_size", "interconnect"],
         columns="phase",
@@ -146,6 +144,11 @@ def reached(rows: pd.DataFrame) -> str:
         for of, parts in zip(wide.index, wide.to_numpy(), strict=True)
     ]
     return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *shown])
+
+
+def phase_of(metric: str, prompt_length: int, decode_at: float) -> str:
+    """How a table or figure names what was timed."""
+    return f"prefill {prompt_length}" if metric == "ttft_ms" else f"decode at {decode_at:.0f}"
 
 
 def column(arm: str, drop: float) -> str:

@@ -83,10 +83,10 @@ class TwoShot:
 
 
 class BySize:
-    """Sums messages of some sizes, each in its own way."""
+    """Sums messages of some sizes, each in its own way; those of up to `copied` numbers have no `room`."""
 
-    def __init__(self, made: dict[int, AllReduce]) -> None:
-        self.made = made
+    def __init__(self, made: dict[int, AllReduce], copied: int = 0) -> None:
+        self.made, self.copied = made, copied
 
     def __call__(self, local: Tensor) -> Tensor:
         return self.made[local.numel()](local)
@@ -98,7 +98,7 @@ def room(reduce: AllReduce | None, shape: torch.Size) -> Tensor | None:
     What lies there is overwritten by the next one. It is safe to: when a sum is done, no other rank reads there.
     """
     if isinstance(reduce, BySize):
-        reduce = reduce.made[shape.numel()]
+        reduce = None if shape.numel() <= reduce.copied else reduce.made[shape.numel()]
     return reduce.room(shape) if isinstance(reduce, TwoShot) else None
 
 
@@ -118,7 +118,7 @@ def choose(
         kind: one of `KINDS`, or "auto": of those that work here the one measured to be quickest, for each size.
         sizes: numbers in a message.
         direct_links: False where an interconnect without them is measured: symmetric memory would still use them.
-        copied: numbers in the largest message that no product leaves in its `room`: its copy there is measured too.
+        copied: numbers in the largest message that no product is to leave in its `room`: its copy there is measured.
 
     Returns:
         The sum, for messages of these sizes; and of each size "kind", "us" (microseconds of each kind that was tried,
@@ -158,7 +158,7 @@ def choose(
         made[size] = working[best]
         found[size] = {"kind": best, "us": us, "fell_back": refused}
 
-    return BySize(made), found
+    return BySize(made, copied), found
 
 
 def _on(device: torch.device) -> torch.device:

@@ -1,4 +1,7 @@
-"""Attention of a whole prompt and of one token, each by two kernels.
+"""Attention of a whole prompt and of one token, each in two versions.
+
+Of a prompt: queries [B, H/N, T, h], keys and values [B, K/N, T, h]. Of a token: queries [B, H/N, 1, h], keys and values
+[B, K/N, C, h], of which `mask` [C] says which to look at. What the heads find has the shape of the queries.
 
 Legend: B batch, T tokens, C cached positions, H query heads, K key/value heads, G = H / K, h head size, N ranks.
 """
@@ -15,21 +18,22 @@ _AT_ONCE = 264
 
 
 def prompt_by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
-    """Queries [B, H/N, T, h], keys and values [B, K/N, T, h] -> [B, H/N, T, h]."""
+    """By the kernel that torch takes for the fastest: cuDNN's, on an H100."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
-    """A Triton kernel: cuDNN's, for a short prompt, waits as long for its beginning as it takes.
+    """By a Triton kernel: cuDNN's, for a short prompt, waits as long for its beginning as it takes.
 
-    For GPUs: compiled for a CPU by torch 2.13 it reads `v` from the wrong place, which is a view.
+    `causal` is the mask as flex attention has it. For GPUs: compiled for a CPU by torch 2.13 it reads `v`, which is a
+    view, from the wrong place.
     """
     heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
     return heads
 
 
 def token_by_reductions(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, _: BlockMask) -> Tensor:
-    """Queries [B, H/N, 1, h], keys and values [B, K/N, C, h] -> [B, H/N, 1, h], as sums that are fused with softmax."""
+    """By two sums, which the compiler fuses with the softmax between them."""
     of_group = q.unflatten(1, (keys.shape[1], -1))  # [B, K/N, G, 1, h]
     scores = (of_group.float() * keys.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5  # [B, K/N, G, C]
     shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
@@ -38,7 +42,7 @@ def token_by_reductions(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, _
 
 
 def token_by_flex(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, parts: BlockMask) -> Tensor:
-    """torch's kernel for decoding: parts of the cache are read at once, and what they give is put together."""
+    """By torch's kernel for decoding: `parts` of the cache (`in_parts`) are read at once, then put together."""
 
     def known(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return torch.where(mask[key], score, -torch.inf)

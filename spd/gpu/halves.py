@@ -102,7 +102,7 @@ class Stage(NamedTuple):
     def attention(
         self, residual: Tensor, summed: Tensor, w: Weights, room: Tensor | None, *where: Any
     ) -> tuple[Tensor, Tensor]:
-        """`X` and `P_i` [B, T, D], which may be left in `room`; `where` is what `attend` takes beside queries."""
+        """`X` and `P_i` [B, T, D], which may be left in `room`; `where` is what `attend` takes beside `qkv`."""
         x, qkv = self.attention_input(residual, summed, w)
         return x, self.attention_output(self.attend(qkv, *where), w, room)
 

@@ -191,8 +191,7 @@ class GraphModel:
         residual, summed, rope, positions = states
         phase = _phase(reach)
         stage = Stage(**{name: self.halves.versions[phase][name][kind] for name, kind in self.kernels[phase].items()})
-        # One token's product may be a kernel that leaves its result nowhere else.
-        room = all_reduce.room(self.all_reduce, residual.shape) if residual.shape[:2].numel() > 1 else None
+        room = all_reduce.room(self.all_reduce, residual.shape)
         where: tuple[Any, ...] = (self._causal,)
         if reach is not None:
             where = positions, self._columns[:reach] <= positions, self._parts(reach)
@@ -226,22 +225,24 @@ class GraphModel:
         self.logits.copy_(logits)
         self.token.copy_(token)
 
+    def _states(self, reach: int | None) -> States:
+        """What goes into the first block: of `token` in decoding, of `prompt` in prefill, for which `reach` is None."""
+        if reach is None:
+            return self._embed(self.prompt, self._columns[: self.prompt.shape[1]])
+        return self._embed(self.token, self.position)
+
     @torch.no_grad()
     def prefill(self, arm: Arm) -> None:
         """From `prompt` to the first token."""
-        self._choose(*self._blocks(self._embed(self.prompt, self._prompt_positions), arm, None))
+        self._choose(*self._blocks(self._states(None), arm, None))
         self.position.fill_(self.prompt.shape[1])
 
     @torch.no_grad()
     def decode(self, arm: Arm, reach: int | None = None) -> None:
         """From `token`, at `position` below `reach` (by default C), to the next one."""
         reach = reach or len(self._columns)
-        self._choose(*self._blocks(self._embed(self.token, self.position), arm, reach))
+        self._choose(*self._blocks(self._states(reach), arm, reach))
         self.position.add_(1)
-
-    @property
-    def _prompt_positions(self) -> Tensor:
-        return self._columns[: self.prompt.shape[1]]
 
     @torch.no_grad()  # also what is warmed up: compiled functions are of one grad mode
     def capture(
@@ -260,8 +261,7 @@ class GraphModel:
         run: Callable[[], object]
         run = functools.partial(self.decode, arm, reach) if decode else functools.partial(self.prefill, arm)
         if blocks_alone:
-            ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
-            run = functools.partial(self._blocks, self._embed(ids, positions), arm, reach)
+            run = functools.partial(self._blocks, self._states(reach), arm, reach)
         return graphs.capture(run, self.device, pool)
 
     def _warm_up(self, reach: int | None) -> None:
@@ -269,13 +269,11 @@ class GraphModel:
         if reach in self._warm or (self.device.type == "cpu" and not self._compiled):
             return
         self._warm.add(reach)
-        decode = reach is not None
-        ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
 
         def run() -> None:
             for arm in (Arm(), Arm(frozenset({0, 1}))):
                 # Two blocks have all the shapes that more have.
-                self._choose(*self._blocks(self._embed(ids, positions), arm, reach, blocks=2))
+                self._choose(*self._blocks(self._states(reach), arm, reach, blocks=2))
 
         self.position.zero_()
         phase, size = _phase(reach), (*self.prompt.shape, reach)
@@ -299,12 +297,10 @@ class GraphModel:
 
         Judged inside of blocks, every second of them dropped, as a kernel's time depends on what runs before it.
         """
-        decode, phase = reach is not None, _phase(reach)
-        ids, positions = (self.token, self.position) if decode else (self.prompt, self._prompt_positions)
-        # Sixteen blocks have more weights than any cache holds.
-        arm, blocks = Arm(frozenset(range(0, 16, 2))), 16 if decode else 4
-        run = functools.partial(self._blocks, self._embed(ids, positions), arm, reach, blocks=blocks)
-        chosen = _at(0, versions)
+        # In decoding, sixteen, which have more weights than any cache holds.
+        arm, blocks = Arm(frozenset(range(0, 16, 2))), 4 if reach is None else 16
+        run = functools.partial(self._blocks, self._states(reach), arm, reach, blocks=blocks)
+        phase, chosen = _phase(reach), _at(0, versions)
         for name, some in versions.items():
             if len(some) == 1:
                 continue

@@ -53,8 +53,9 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
         named = dict(zip(("batch_size", "prompt_length", "cache_length"), sized[place], strict=True))
         return {"config": config, "family": family, "dtype": dtype, "tp_size": tp_size, **named}
 
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    free = 0
     if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
         for place in range(len(shapes)):
             check_memory(rank, device=device, free=free, what="free", **of(place))
     place, seconds = 0, {"start": time.time() - settings["began"]}
@@ -70,7 +71,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
                 dtype,
                 device,
                 direct_links=settings["interconnect"] == "native",
-                copied=config.hidden_size,
+                copied=config.hidden_size,  # one token's products may be Triton kernels, which know of no room
             )
         seconds["links"], began = time.perf_counter() - began, time.perf_counter()
         model = GraphModel(
