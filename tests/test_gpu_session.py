@@ -300,10 +300,10 @@ def test_launches_that_measure_otherwise_are_not_put_together(
     assert len(launches.asked) == 1
 
 
-def test_shapes_of_large_models_are_repeated_half_as_often_and_left_out_where_they_do_not_fit(
+def test_longer_shapes_of_large_models_are_repeated_half_as_often_and_left_out_where_they_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    for free, there in ((150, [10, 6, 10, 2]), (84, [10, 6, 10])):
+    for free, there in ((150, [20, 6, 10, 2]), (84, [20, 6, 10])):
         has_memory(free * 10**9, monkeypatch)
         found = measure.fitting(architecture("llama2_70b"), 2, list(measure.SHAPES))
         assert [shape.repeats for shape in found.values()] == there

@@ -28,7 +28,12 @@ def prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor
     `causal` is the mask as flex attention has it. For GPUs: compiled for a CPU by torch 2.13 it reads `v`, which is a
     view, from the wrong place.
     """
-    heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1])
+    options: Any = {
+        "BACKEND": "TRITON",  # the one that torch 2.11 takes of itself for less than 128 tokens is wrong for such views
+        "ROWS_GUARANTEED_SAFE": True,  # a token looks at itself at least
+        "BLOCKS_ARE_CONTIGUOUS": True,
+    }
+    heads: Any = flex_attention(q, k, v, block_mask=causal, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
     return heads
 
 
