@@ -91,7 +91,7 @@ def test_fewer_than_three_launches_have_no_interval() -> None:
 def sessions() -> tuple[list[dict], list[tuple[int, int]]]:
     """Two CPU ranks over gloo, two launches of two shapes; nothing is compiled or captured."""
     seen: list[tuple[int, int]] = []
-    shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=None, repeats=2)]
+    shapes = [SHAPE, Shape(batch_size=1, prompt_length=150, decode_at=None, repeats=2, long=True)]
     found = measure_gpu_latency(
         {"model_type": "llama", **SMALL["llama"]}, 2, {"0": [], "3": [0, 1, 2]}, shapes, devices=["cpu", "cpu"],
         on_progress=lambda *done: seen.append(done), **SETTINGS | {"launches": 2}
@@ -136,6 +136,12 @@ def test_a_session_has_an_entry_for_every_arm(sessions: tuple[list[dict], list])
             assert found["tokens_per_s"]["p10"] <= found["tokens_per_s"]["median"] <= found["tokens_per_s"]["p90"]
         assert found["communication"]["ttft_ms"] == {"before": None, "after": None}  # kernels are a GPU's
         assert json.loads(json.dumps(found)) == found
+
+
+def test_of_long_forwards_nothing_and_everything_dropped_is_profiled_alone(sessions: tuple[list[dict], list]) -> None:
+    short, long = (set(session["communication"][0]["ttft_ms"]) for session in sessions[0])
+    assert short == {"0", "3", *CEILINGS}
+    assert long == {"0", "3"}
 
 
 def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list[dict], list]) -> None:

@@ -44,10 +44,10 @@ SHAPES = {
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 LARGE = 2 * 10**10
 """Bytes of a rank's weights from which on shapes but 1 x 128 are repeated half as often, and 16 x 2048 tokens are
-not primed: they take seconds, in which a GPU's clock has settled."""
+`Shape.long`: they take seconds, in which a GPU's clock has settled."""
 NEW_TOKENS = 4
 WARMUP = 0
-"""As a forward that is not timed precedes each, where that matters (`Shape.primed`)."""
+"""As a forward that is not timed precedes each, where that matters (`Shape.long`)."""
 PHASES = {"ttft_ms": "prefill", "tpot_ms": "decode"}
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
@@ -165,7 +165,7 @@ def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> dic
         cache = shape.cache_length(NEW_TOKENS)
         asked = needed(config, family_of(config), tp_size, shape.batch_size, shape.prompt_length, cache, torch.bfloat16)
         if asked.fits(whole):
-            fewer: dict[str, Any] = {"repeats": max(2, shape.repeats // 4 * 2), "primed": name != "16x2048"}
+            fewer: dict[str, Any] = {"repeats": max(2, shape.repeats // 4 * 2), "long": name == "16x2048"}
             found[name] = shape._replace(**fewer) if asked.weights > LARGE and name != "1x128" else shape
         else:
             print(f"{name} does not fit: {asked}", flush=True)

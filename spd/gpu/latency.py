@@ -41,9 +41,10 @@ class Shape(NamedTuple):
     repeats: int
     blocks_alone: bool = False
     """Whether the decoder blocks are timed by themselves too (`BLOCKS`)."""
-    primed: bool = True
-    """Whether a forward that is not timed precedes each that is: on two H200s one of 4 ms was slower by up to 5 % after
-    an arm that had left the links idle. What takes seconds can do without."""
+    long: bool = False
+    """Whether a forward takes seconds. If not, one that is not timed precedes each that is: on two H200s one of 4 ms was
+    slower by up to 5 % after an arm that had left the links idle. If so, of the drop fractions only none and all are
+    profiled, and no ceiling."""
 
     @property
     def phases(self) -> tuple[str, ...]:

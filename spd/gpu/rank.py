@@ -165,7 +165,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
         """Milliseconds of each phase by this rank's clock, all ranks let go together."""
         taken = []
         for phase in phases:
-            if shape.primed:
+            if not shape.long:
                 model.position.fill_(shape.decode_at or 0)
                 replays[phase, name]()
             model.position.fill_(shape.decode_at or 0)
@@ -256,6 +256,8 @@ def _profiles(bench: Bench, shape: Shape) -> dict[str, dict[str, dict[str, Any]]
     """Of each forward of each arm, the share of communication; of a block in the middle, its timeline. None and []
     where the trace has lost an all-reduce."""
     model = bench.model
+    ends = {name for name, arm in bench.arms.items() if arm in (Arm(), Arm(frozenset(range(model.num_blocks))))}
+    arms = {name: arm for name, arm in bench.arms.items() if name in ends or not shape.long}
     shares: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
     timeline: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
     replays = _captured(bench, shape, shape.metrics)
@@ -265,12 +267,12 @@ def _profiles(bench: Bench, shape: Shape) -> dict[str, dict[str, dict[str, Any]]
         meet(model.device)
 
     for metric in shape.metrics:
-        found = kernels_of({name: replays[metric, name] for name in bench.arms}, before)
-        for name, arm in bench.arms.items():
+        found = kernels_of({name: replays[metric, name] for name in arms}, before)
+        for name, arm in arms.items():
             sums = arm.all_reduces(model.num_blocks) if bench.settings["tp_size"] > 1 else 0
             traced = sum(kernel.communicates for kernel in found[name]) == sums
             kernels = found[name] if traced else []
             shares[metric][name] = communication(kernels)
-            if arm.attention_all_reduce and arm.mlp_all_reduce and len(arm.dropped) in (0, model.num_blocks):
+            if name in ends:
                 timeline[metric][name] = block_timeline(kernels, model.num_blocks // 2, arm.dropped)
     return {"communication": shares, "timeline": timeline}
