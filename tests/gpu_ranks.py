@@ -12,7 +12,8 @@ from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.families import family_of
 from spd.gpu import all_reduce
 from spd.gpu.model import Arm, GraphModel
-from spd.gpu.rank import measure_rank, meet, start
+from spd.gpu.rank import measure_rank, start
+from spd.gpu.timing import meet
 from spd.launch import Progress
 
 RANKS_DROP = [0, 5, 11]

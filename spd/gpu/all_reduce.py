@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spd.errors import UserError
 from spd.gpu import graphs
-from spd.gpu.limits import events_ms
+from spd.gpu.timing import events_ms, of_group, slowest
 
 AllReduce = Callable[[Tensor], Tensor]
 """[B, T, D] of one rank -> the sum over ranks, which holds until the next call; the argument may be overwritten."""
@@ -161,18 +161,6 @@ def choose(
     return BySize(made, copied), found
 
 
-def _on(device: torch.device) -> torch.device:
-    """Where the process group sums numbers of ours."""
-    return device if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def slowest(values: Tensor, device: torch.device) -> Tensor:
-    """The largest of any rank's, number by number."""
-    values = values.to(_on(device))
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.cpu()
-
-
 def _agreed(reason: str | None, device: torch.device) -> str | None:
     """A reason if any rank has one: what one rank cannot do, none does."""
     anywhere = bool(slowest(torch.tensor(reason is not None, dtype=torch.int32), device))
@@ -181,7 +169,7 @@ def _agreed(reason: str | None, device: torch.device) -> str | None:
 
 def _devices(device: torch.device) -> list[int]:
     """The index of every rank's device."""
-    mine = torch.tensor([-1 if device.index is None else device.index], device=_on(device))
+    mine = torch.tensor([-1 if device.index is None else device.index], device=of_group(device))
     found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
     return [int(index) for index in found]

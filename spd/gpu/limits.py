@@ -1,26 +1,10 @@
 """What a device can do at most, measured where it is needed: the floors that latencies are shown beside."""
 
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-
-def events_ms(run: Callable[[], object], times: int) -> float:
-    """Milliseconds of one of `times` runs: on the GPU, between two events, or by the clock where there is none."""
-    if not torch.cuda.is_available():
-        began = time.perf_counter()
-        for _ in range(times):
-            run()
-        return (time.perf_counter() - began) * 1e3 / times
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times
+from spd.gpu.timing import events_ms
 
 
 class Rates(NamedTuple):

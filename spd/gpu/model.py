@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
@@ -24,7 +23,7 @@ from spd.gpu import all_reduce, graphs
 from spd.gpu.all_reduce import AllReduce
 from spd.gpu.attention import in_parts
 from spd.gpu.halves import TUNED, Halves, Stage, Weights
-from spd.gpu.limits import events_ms
+from spd.gpu.timing import events_ms, meet, slowest
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
 
 
@@ -301,6 +300,11 @@ class GraphModel:
         arm, blocks = Arm(frozenset(range(0, 16, 2))), 4 if reach is None else 16
         run = functools.partial(self._blocks, self._states(reach), arm, reach, blocks=blocks)
         phase, chosen = _phase(reach), _at(0, versions)
+
+        def ms(replay: Callable[[], object]) -> float:
+            meet(self.device)
+            return slowest(torch.tensor(events_ms(replay, 1)), self.device).item()
+
         for name, some in versions.items():
             if len(some) == 1:
                 continue
@@ -309,13 +313,12 @@ class GraphModel:
                 self.kernels[phase] = chosen | {name: version}
                 replays.append(graphs.capture(run, self.device, pool))
                 replays[-1]()
-            once = _slowest(torch.tensor([events_ms(replays[0], 1)]), self.device).item()
-            trials = max(3, min(21, int(500 / once)))  # about as long for each function, but those of seconds
+            trials = max(3, min(41, int(500 / ms(replays[0]))))  # about as long for each function, but those of seconds
             taken = torch.zeros(trials, len(some))
             for trial in range(trials):
                 for place in range(len(some))[:: -1 if trial % 2 else 1]:
-                    taken[trial, place] = events_ms(replays[place], 1)
-            chosen[name] = some[int(_slowest(taken.median(0).values, self.device).argmin())]
+                    taken[trial, place] = ms(replays[place])
+            chosen[name] = some[int(taken.median(0).values.argmin())]
         return chosen
 
 
@@ -330,7 +333,3 @@ def _at(place: int, versions: dict[str, list[str]]) -> dict[str, str]:
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
-
-
-def _slowest(values: Tensor, device: torch.device) -> Tensor:
-    return all_reduce.slowest(values, device) if dist.is_initialized() else values

@@ -15,10 +15,11 @@ from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, graphs, interconnect
 from spd.gpu.latency import Shape
-from spd.gpu.limits import Rates, events_ms
+from spd.gpu.limits import Rates
 from spd.gpu.memory import check_memory, what_fits
 from spd.gpu.model import Arm, GraphModel
 from spd.gpu.profile import block_timeline, communication, kernels_of
+from spd.gpu.timing import events_ms, meet, slowest, synchronise
 from spd.latency import arm_order, no_garbage_collection
 from spd.launch import Progress
 
@@ -129,12 +130,6 @@ def start(settings: dict[str, Any], rank: int) -> torch.device:
     return device
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits for the GPU, if it is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _messages(shape: Shape, hidden_size: int) -> dict[str, int]:
     """Numbers in the messages of prefill and of decoding."""
     tokens = {"ttft_ms": shape.prompt_length, "tpot_ms": 1}
@@ -183,7 +178,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             for place in arm_order(len(names), repeat, settings["seed"]):
                 times[:, place, repeat] = torch.tensor(timed(names[place]), dtype=torch.float64)
             told(repeat + 1)
-    found, seconds["time"] = all_reduce.slowest(times, device), time.perf_counter() - began
+    found, seconds["time"] = slowest(times, device), time.perf_counter() - began
     peak = torch.tensor(float(torch.cuda.max_memory_allocated(device) if on_cuda else 0), dtype=torch.float64)
     messages = _messages(shape, model.embedding.shape[1])
     return {
@@ -196,7 +191,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             phase: kinds for phase, kinds in model.kernels.items() if phase == "prefill" or "tpot_ms" in shape.metrics
         },
         "nccl_environment": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
-        "peak_memory_gb": round(float(all_reduce.slowest(peak, device)) / 1e9, 3),
+        "peak_memory_gb": round(float(slowest(peak, device)) / 1e9, 3),
         "rates": {
             "bandwidth_gb_per_s": round(bench.rates.bandwidth / 1e9, 1),
             "tflop_per_s": round(bench.rates.flops / 1e12, 3),
@@ -226,20 +221,6 @@ def _captured(bench: Bench, shape: Shape, phases: tuple[str, ...]) -> dict[tuple
         for phase in phases
         for name, arm in bench.arms.items()
     }
-
-
-def meet(device: torch.device) -> None:
-    """On the GPUs, not the CPUs: what follows on each GPU's stream begins within microseconds of the others.
-
-    The GPUs wait a moment first, so that it is in their queues by then: a launch from the CPU, which an engine hides,
-    is in no time that is reported.
-    """
-    if dist.get_backend() == "nccl":
-        torch.cuda._sleep(10**6)  # cycles: half a millisecond
-        dist.all_reduce(torch.zeros(1, device=device))
-    else:
-        synchronise(device)
-        dist.barrier()
 
 
 def _floor_ms(bench: Bench, arm: Arm, decode_at: int | None, message: int) -> float:

@@ -14,8 +14,8 @@ from spd.checkpoint import read_architecture
 from spd.errors import UserError
 from spd.gpu.all_reduce import slowest
 from spd.gpu.latency import Shape
-from spd.gpu.limits import events_ms
-from spd.gpu.rank import meet, start
+from spd.gpu.rank import start
+from spd.gpu.timing import events_ms, meet
 from spd.launch import Progress
 
 
