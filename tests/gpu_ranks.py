@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.families import family_of
 from spd.gpu import all_reduce
+from spd.gpu.head import message_size
 from spd.gpu.model import Arm, GraphModel
 from spd.gpu.rank import measure_rank, start
 from spd.gpu.timing import meet
@@ -39,7 +40,8 @@ def compared(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
         for i in range(want.shape[1]):
             if i:
                 step()
-            torch.testing.assert_close(model.logits.cpu(), want[:, i], atol=2e-3, rtol=1e-3)
+            torch.testing.assert_close(model.logits.cpu(), want[:, i, model.vocab], atol=2e-3, rtol=1e-3)
+            assert torch.equal(model.token.cpu(), want[:, i].argmax(-1, keepdim=True))
             model.token.copy_(want[:, i].argmax(-1, keepdim=True))
         equal.append(kind)
         on_progress(len(equal), len(settings["kinds"]))
@@ -58,6 +60,7 @@ def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
     rank = int(os.environ["RANK"])
     device, config = start(settings, rank), read_architecture(settings["architecture"])
     ranks, sizes = dist.get_world_size(), [settings["prompt_length"] * config.hidden_size, config.hidden_size]
+    sizes.append(message_size(1, ranks))
     models, arm = {}, Arm(frozenset(settings["dropped"]))
     for name, dtype in (("captured", torch.bfloat16), ("plain", torch.bfloat16), ("exact", torch.float32)):
         reduce, chosen = all_reduce.choose(
@@ -69,6 +72,12 @@ def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
         )  # fmt: skip
         if name == "captured":
             kinds = [chosen[size]["kind"] for size in sizes]
+
+    def logits(model: GraphModel) -> torch.Tensor:
+        parts = [torch.zeros_like(model.logits) for _ in range(ranks)]  # the vocabulary is a multiple of the ranks
+        dist.all_gather(parts, model.logits)
+        return torch.cat(parts, -1).float()
+
     captured, plain, exact = models.values()
     for ours, rounded in zip(exact.blocks, plain.blocks, strict=True):  # the same weights, not the same random numbers
         for tensor, like in zip(ours, rounded, strict=True):
@@ -86,9 +95,10 @@ def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
         step() if i else first()
         for model in (plain, exact):
             model.decode(arm) if i else model.prefill(arm)
-        found["difference"].append((captured.logits - plain.logits).abs().max().item())
-        found["rounding"].append((exact.logits - plain.logits).abs().max().item())
-        best = plain.logits.float().topk(2).values[0]
+        theirs = logits(plain)
+        found["difference"].append((logits(captured) - theirs).abs().max().item())
+        found["rounding"].append((logits(exact) - theirs).abs().max().item())
+        best = theirs.topk(2).values[0]
         if not torch.equal(captured.token, plain.token):
             found["unsure"].append((best[0] - best[1]).item())
         for model in (captured, exact):

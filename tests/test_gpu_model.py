@@ -18,6 +18,7 @@ from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, latency
 from spd.gpu.halves import Stage
+from spd.gpu.head import message_size
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.model import Arm, GraphModel
 from spd.launch import run_ranks
@@ -98,14 +99,16 @@ def test_ranks_that_sum_give_what_virtual_ranks_give_whatever_is_dropped(folder:
         thread.start()
     for thread in threads:
         thread.join()
-    tokens, logits = found[0]
+    tokens = found[0][0]
     assert all(torch.equal(theirs, tokens) for theirs, _ in found.values())
     virtual = spd.load(folder, tp_size=tp_size, dtype="float32")
     virtual.drop(dropped)
     with torch.no_grad():
         want = virtual(torch.cat([ids, tokens], 1))[:, PROMPT - 1 : -1]
+    logits = [torch.cat(parts, -1) for parts in zip(*(found[rank][1] for rank in range(tp_size)), strict=True)]
     torch.testing.assert_close(torch.stack(logits, 1), want, atol=2e-4, rtol=1e-4)
-    assert meeting.count == NEW * (2 * len(models[0].blocks) - len(dropped))
+    assert torch.equal(torch.stack(logits, 1).argmax(-1), tokens)
+    assert meeting.count == NEW * (2 * len(models[0].blocks) - len(dropped) + 1)
 
 
 def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
@@ -122,12 +125,14 @@ def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
         (Arm(attention_all_reduce=False), 12),
         (Arm(attention_all_reduce=False, mlp_all_reduce=False), 0),
     ]:
+        of_choice = [(2, 1, 8)] if arm.mlp_all_reduce else []
+        assert arm.all_reduces(12) == expected + len(of_choice)
         counted.clear()
         model.prefill(arm)
-        assert counted == [(1, PROMPT, 192)] * expected
+        assert counted == [(1, PROMPT, 192)] * expected + of_choice
         counted.clear()
         model.decode(arm)
-        assert counted == [(1, 1, 192)] * expected
+        assert counted == [(1, 1, 192)] * expected + of_choice
 
 
 class InRoom(all_reduce.TwoShot):
@@ -150,13 +155,16 @@ class InRoom(all_reduce.TwoShot):
 @pytest.mark.parametrize("arm", [Arm(), Arm(frozenset({0, 4, 11})), Arm(attention_all_reduce=False)], ids=str)
 def test_products_left_where_they_are_summed_are_the_same_and_not_copied(folder: Path, arm: Arm) -> None:
     ids = prompts(folder, 2)
-    _, want = greedy(graph_model(folder, 2, 0, batch_size=2, all_reduce=lambda local: 3 * local), ids, arm)
-    sizes = [ids.numel() * 192, len(ids) * 192]
+    sizes, of_choice = [ids.numel() * 192, len(ids) * 192], message_size(2, 2)
+    thrice = all_reduce.BySize(dict.fromkeys(sizes, lambda local: 3 * local) | {of_choice: lambda local: local})
+    _, want = greedy(graph_model(folder, 2, 0, batch_size=2, all_reduce=thrice), ids, arm)
     reduces = {size: InRoom(size) for size in sizes}
-    model = graph_model(folder, 2, 0, batch_size=2, all_reduce=all_reduce.BySize(reduces))
+    in_room = all_reduce.BySize(reduces | {of_choice: lambda local: local})
+    model = graph_model(folder, 2, 0, batch_size=2, all_reduce=in_room)
     _, found = greedy(model, ids, arm)
     torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
-    assert [reduce.count for reduce in reduces.values()] == [arm.all_reduces(12), (NEW - 1) * arm.all_reduces(12)]
+    of_blocks = arm.all_reduces(12) - 1
+    assert [reduce.count for reduce in reduces.values()] == [of_blocks, (NEW - 1) * of_blocks]
     assert not any(reduce.copied for reduce in reduces.values())
     by_size = all_reduce.BySize(reduces, copied=sizes[1])  # of one token of each sequence
     assert all_reduce.room(by_size, torch.Size((2, 1, 192))) is None

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from spd.families import Family
-from spd.gpu import attention
+from spd.gpu import attention, head
 from spd.sharding import Kind
 
 
@@ -199,7 +199,7 @@ class Halves:
             },
         }
         """Of both phases, function of a `Stage` -> its versions, of which sizes, GPU and luck decide the quickest."""
-        self.last = torch.compile(self._last, fullgraph=True, dynamic=False) if compiled else self._last
+        self.last, self.likeliest = built(self._last), built(head.likeliest)
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """RMSNorm, or LayerNorm where there is a bias."""
@@ -286,11 +286,18 @@ class Halves:
         return partial + F.linear(self.activated(hidden), w.mlp_output)
 
     def _last(
-        self, residual: Tensor, summed: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor
+        self,
+        residual: Tensor,
+        summed: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        part: Tensor,
+        first: Tensor,
+        mine: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] of the last token, and the likeliest token [B, 1]."""
-        logits = F.linear(self.norm((residual + summed)[:, -1], weight, bias), head)
-        return logits, logits.argmax(-1, keepdim=True)
+        """Of the last token the logits [B, V/N] of a rank's `part` of the head, and its `spd.gpu.head.candidate`."""
+        logits = F.linear(self.norm((residual + summed)[:, -1], weight, bias), part)
+        return logits, head.candidate(logits, first, mine)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd.errors import UserError
 from spd.families import Family
+from spd.gpu.head import part_of
 from spd.sharding import Cut, fits_tp_size, is_output
 
 
@@ -44,10 +45,12 @@ def needed(
     with torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     cut = Cut.of_ranks(family, config, tp_size, [0])
-    layers = f"{family.decoder}.layers."
-    numbers = 0
+    layers, output = f"{family.decoder}.layers.", whole.get_output_embeddings().weight
+    numbers, vocab = 0, part_of(settings.vocab_size, tp_size, tp_size - 1)  # the last is the largest
     for name, parameter in whole.named_parameters():
         part = parameter.numel()
+        if parameter is output and not config.tie_word_embeddings:
+            part = part // settings.vocab_size * (vocab.stop - vocab.start)
         if name.startswith(layers):
             inside = name.removeprefix(layers).partition(".")[2]
             kind = cut.kind(inside)
@@ -59,7 +62,7 @@ def needed(
     kv_heads = cut.kv_heads[1] - cut.kv_heads[0]
     cache = 2 * settings.num_hidden_layers * batch_size * kv_heads * cache_length * cut.head_size
     width = 6 * settings.hidden_size + 3 * (cut.width[1] - cut.width[0])
-    activations = batch_size * (prompt_length * width + 3 * settings.vocab_size)
+    activations = batch_size * (prompt_length * width + 3 * (vocab.stop - vocab.start))
     return Needed(*(count * dtype.itemsize for count in (numbers, cache, activations)))
 
 

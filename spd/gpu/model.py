@@ -1,7 +1,7 @@
 """One rank's part of a model with static caches, whose prefill and decoding step run as CUDA graphs.
 
-Embedding, head and greedy choice are whole on every rank and belong to every forward, so a replay takes what a serving
-engine takes from token ids to the next token.
+Embedding, head and greedy choice belong to every forward, so a replay takes what a serving engine takes from token ids
+to the next token. The embedding is whole on every rank, of the head each has a part (`spd.gpu.head`).
 
 Legend: B batch, T prompt tokens, C cache length, D hidden size, K key/value heads, h head size, N ranks, V vocabulary.
 """
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd.checkpoint import Checkpoint
 from spd.families import Family
-from spd.gpu import all_reduce, graphs
+from spd.gpu import all_reduce, graphs, head
 from spd.gpu.all_reduce import AllReduce
 from spd.gpu.attention import in_parts
 from spd.gpu.halves import TUNED, Halves, Stage, Weights
@@ -35,11 +35,11 @@ class Arm:
     attention_all_reduce: bool = True
     """False leaves out the one after attention in all blocks: faster than any plan, and not a model one can use."""
     mlp_all_reduce: bool = True
-    """False leaves out the other one as well."""
+    """False leaves out the other one as well, and that of the choice of the next token."""
 
     def all_reduces(self, blocks: int) -> int:
-        """How many a forward of so many blocks has."""
-        return (blocks - len(self.dropped)) * self.attention_all_reduce + blocks * self.mlp_all_reduce
+        """How many a forward of so many blocks has, that of the choice of the next token included."""
+        return (blocks - len(self.dropped)) * self.attention_all_reduce + (blocks + 1) * self.mlp_all_reduce
 
 
 class RandomLayer:
@@ -111,9 +111,13 @@ class GraphModel:
         self.halves, self._compiled = Halves(family, config, compiled=compiled), compiled
         with torch.device("meta"):
             whole: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.vocab = head.part_of(settings.vocab_size, tp_size, rank)
+        """Tokens whose logits this rank has."""
+        self._first = torch.tensor(self.vocab.start, device=self.device)
+        self._mine = torch.arange(tp_size, device=self.device).view(-1, 1, 1) == rank
         self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
-        self._kv_heads, self._vocab_size = kv_heads // self.halves.head_size, settings.vocab_size
+        self._kv_heads = kv_heads // self.halves.head_size
         self._chosen: dict[tuple[int, int, int | None], dict[str, str]] = {}
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         """Where in the sequence the last token stands; prefill sets it, a decoding step moves it on."""
@@ -128,8 +132,8 @@ class GraphModel:
         """Token ids [B, T] that prefill reads."""
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
-        self.logits = torch.zeros(batch_size, self._vocab_size, dtype=self.dtype, device=self.device)
-        """Logits [B, V] that `token` was chosen by."""
+        self.logits = torch.zeros(batch_size, len(self.head), dtype=self.dtype, device=self.device)
+        """Logits [B, V/N] of this rank's part of the vocabulary, that `token` was chosen by."""
         self._causal = create_block_mask(_causal, None, None, prompt_length, prompt_length, device=self.device)
         self.kernels = {phase: _at(0, self._versions(phase)) for phase in self.halves.versions}
         """Phase -> function -> which of `Halves.versions` is used; compiled, chosen when one is first captured."""
@@ -146,24 +150,27 @@ class GraphModel:
         shapes = {name: parameter.shape for name, parameter in decoder.layers[0].named_parameters()}
         outside = RandomLayer({n: p.shape for n, p in whole.named_parameters()}, -1, self.dtype, self.device)
 
-        def tensor(parameter: Tensor) -> Tensor:
+        def tensor(parameter: Tensor, rows: slice = slice(None)) -> Tensor:
             name = names[id(parameter)]
             source = outside if checkpoint is None else checkpoint
-            return source.read(name).to(self.device, self.dtype)
+            return source.read(name, rows).to(self.device, self.dtype)
 
         def layer(i: int) -> Source:
             if checkpoint is None:
                 return RandomLayer(shapes, i, self.dtype, self.device)
             return InCheckpoint(checkpoint, f"{family.decoder}.layers.{i}.")
 
-        embedding, head = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
+        embedding, output = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
         self.embedding = tensor(embedding)
-        self.head = self.embedding if head is embedding or config.tie_word_embeddings else tensor(head)
         norm = getattr(decoder, family.final_norm)
         bias = getattr(norm, "bias", None)
         self.final_norm = tensor(norm.weight), None if bias is None else tensor(bias)
         positions = getattr(decoder, "embed_positions", None)
         self.positions = None if positions is None else tensor(positions.weight)[positions.offset :]
+        # Last, as random numbers follow each other, and of this each rank has its own.
+        tied = output is embedding or config.tie_word_embeddings
+        self.head = self.embedding[self.vocab] if tied else tensor(output, self.vocab)
+        """[V/N, D]"""
         self.rotary = None
         if hasattr(decoder, "rotary_emb"):
             self.rotary = type(decoder.rotary_emb)(config).to(self.device)
@@ -208,21 +215,21 @@ class GraphModel:
         matrix products. `decode_at` is None for prefill."""
         batch, prompt = self.prompt.shape
         size = self.dtype.itemsize
-        blocks, head = sum(block.bytes for block in self.blocks), self.head.numel() * size
-        read, tokens = blocks + head, batch * prompt
+        blocks, last = sum(block.bytes for block in self.blocks), self.head.numel() * size
+        read, tokens = blocks + last, batch * prompt
         if decode_at is not None:
             read += sum(cache[:, :, :decode_at].numel() * size for pair in self.cache for cache in pair)
             tokens = batch
-        return read, 2 * (blocks / size * tokens + head / size * batch)
+        return read, 2 * (blocks / size * tokens + last / size * batch)
 
     def _sum(self, local: Tensor) -> Tensor:
         return local if self.all_reduce is None else self.all_reduce(local)
 
-    def _choose(self, residual: Tensor, summed: Tensor) -> None:
+    def _choose(self, residual: Tensor, summed: Tensor, arm: Arm) -> None:
         """Leaves logits and the next token behind."""
-        logits, token = self.halves.last(residual, summed, *self.final_norm, self.head)
+        logits, message = self.halves.last(residual, summed, *self.final_norm, self.head, self._first, self._mine)
         self.logits.copy_(logits)
-        self.token.copy_(token)
+        self.token.copy_(self.halves.likeliest(self._sum(message) if arm.mlp_all_reduce else message))
 
     def _states(self, reach: int | None) -> States:
         """What goes into the first block: of `token` in decoding, of `prompt` in prefill, for which `reach` is None."""
@@ -233,14 +240,14 @@ class GraphModel:
     @torch.no_grad()
     def prefill(self, arm: Arm) -> None:
         """From `prompt` to the first token."""
-        self._choose(*self._blocks(self._states(None), arm, None))
+        self._choose(*self._blocks(self._states(None), arm, None), arm)
         self.position.fill_(self.prompt.shape[1])
 
     @torch.no_grad()
     def decode(self, arm: Arm, reach: int | None = None) -> None:
         """From `token`, at `position` below `reach` (by default C), to the next one."""
         reach = reach or len(self._columns)
-        self._choose(*self._blocks(self._states(reach), arm, reach))
+        self._choose(*self._blocks(self._states(reach), arm, reach), arm)
         self.position.add_(1)
 
     @torch.no_grad()  # also what is warmed up: compiled functions are of one grad mode
@@ -272,7 +279,7 @@ class GraphModel:
         def run() -> None:
             for arm in (Arm(), Arm(frozenset({0, 1}))):
                 # Two blocks have all the shapes that more have.
-                self._choose(*self._blocks(self._states(reach), arm, reach, blocks=2))
+                self._choose(*self._blocks(self._states(reach), arm, reach, blocks=2), arm)
 
         self.position.zero_()
         phase, size = _phase(reach), (*self.prompt.shape, reach)

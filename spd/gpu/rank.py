@@ -14,6 +14,7 @@ from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, graphs, interconnect
+from spd.gpu.head import message_size
 from spd.gpu.latency import Shape
 from spd.gpu.limits import Rates
 from spd.gpu.memory import check_memory, what_fits
@@ -68,7 +69,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
         if tp_size > 1:
             reduce, chosen = all_reduce.choose(
                 settings["all_reduce"],
-                [size for shape in shapes for size in _messages(shape, config.hidden_size).values()],
+                [size for shape in shapes for size in _messages(shape, config.hidden_size, tp_size).values()],
                 dtype,
                 device,
                 direct_links=settings["interconnect"] == "native",
@@ -130,10 +131,11 @@ def start(settings: dict[str, Any], rank: int) -> torch.device:
     return device
 
 
-def _messages(shape: Shape, hidden_size: int) -> dict[str, int]:
-    """Numbers in the messages of prefill and of decoding."""
+def _messages(shape: Shape, hidden_size: int, tp_size: int) -> dict[str, int]:
+    """Numbers in the messages of prefill, of decoding, and of the "choice" of a token at the end of both."""
     tokens = {"ttft_ms": shape.prompt_length, "tpot_ms": 1}
-    return {metric: shape.batch_size * tokens[metric] * hidden_size for metric in shape.metrics}
+    of_blocks = {metric: shape.batch_size * tokens[metric] * hidden_size for metric in shape.metrics}
+    return of_blocks | {"choice": message_size(shape.batch_size, tp_size)}
 
 
 def _resize(bench: Bench, size: tuple[int, int, int]) -> None:
@@ -180,7 +182,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             told(repeat + 1)
     found, seconds["time"] = slowest(times, device), time.perf_counter() - began
     peak = torch.tensor(float(torch.cuda.max_memory_allocated(device) if on_cuda else 0), dtype=torch.float64)
-    messages = _messages(shape, model.embedding.shape[1])
+    messages = _messages(shape, model.embedding.shape[1], settings["tp_size"])
     return {
         **{
             phase: {name: [round(ms, 4) for ms in found[p, a].tolist()] for a, name in enumerate(names)}
@@ -198,11 +200,8 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
         },
         "all_reduce": {metric: bench.all_reduce[n] for metric, n in messages.items() if n in bench.all_reduce},
         "floor_ms": {
-            metric: {
-                name: round(_floor_ms(bench, arm, shape.decode_at if metric == "tpot_ms" else None, number), 4)
-                for name, arm in arms.items()
-            }
-            for metric, number in messages.items()
+            metric: {name: round(_floor_ms(bench, shape, metric, arm), 4) for name, arm in arms.items()}
+            for metric in shape.metrics
         },
     }
 
@@ -223,14 +222,17 @@ def _captured(bench: Bench, shape: Shape, phases: tuple[str, ...]) -> dict[tuple
     }
 
 
-def _floor_ms(bench: Bench, arm: Arm, decode_at: int | None, message: int) -> float:
-    """Weights, and keys and values up to `decode_at`, over measured bandwidth, or matrix products over the measured
-    rate; and every all-reduce, of `message` numbers, at its measured latency. `decode_at` is None for prefill."""
-    model = bench.model
-    sums = arm.all_reduces(model.num_blocks)
-    chosen = bench.all_reduce.get(message)
-    reduce_us = chosen["us"][chosen["kind"]] if chosen else 0.0
-    return bench.rates.floor_ms(*model.work(decode_at)) + sums * reduce_us / 1e3
+def _floor_ms(bench: Bench, shape: Shape, metric: str, arm: Arm) -> float:
+    """Weights, and in decoding keys and values up to its position, over measured bandwidth, or matrix products over the
+    measured rate; and every all-reduce, those of the blocks and that of the choice, at its measured latency."""
+    model, us = bench.model, {}
+    for name, size in _messages(shape, model.embedding.shape[1], bench.settings["tp_size"]).items():
+        chosen = bench.all_reduce.get(size)
+        us[name] = chosen["us"][chosen["kind"]] if chosen else 0.0
+    of_choice = int(arm.mlp_all_reduce)
+    reduces_us = (arm.all_reduces(model.num_blocks) - of_choice) * us[metric] + of_choice * us["choice"]
+    work = model.work(shape.decode_at if metric == "tpot_ms" else None)
+    return bench.rates.floor_ms(*work) + reduces_us / 1e3
 
 
 def _profiles(bench: Bench, shape: Shape) -> dict[str, dict[str, dict[str, Any]]]:
