@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from gpu_ranks import RANKS_DROP
 from gpu_settings import SETTINGS, SHAPE, architecture
 from safetensors.torch import save_file
@@ -245,6 +246,26 @@ def test_random_weights_need_the_config_alone_and_only_this_ranks_part(tp_size: 
     assert not torch.equal(model.blocks[0].qkv, model.blocks[1].qkv)
     model.prefill(Arm())
     assert model.logits.isfinite().all()
+
+
+def test_an_all_reduce_that_fails_at_its_first_call_is_fallen_back_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = all_reduce.make
+
+    def failing(local: Tensor) -> Tensor:
+        raise RuntimeError("input size must be at least 4-byte aligned\nand more")
+
+    monkeypatch.setattr(all_reduce, "make", lambda kind, *of: made(kind, *of) if kind == "nccl" else failing)
+    monkeypatch.setattr(all_reduce, "_why_not", lambda *_, **__: None)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        _, found = all_reduce.choose("auto", [16], torch.float32, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert found[16]["kind"] == "nccl"
+    why = "RuntimeError: input size must be at least 4-byte aligned"
+    assert found[16]["fell_back"] == {"one_shot": why, "two_shot": why}
 
 
 def test_an_all_reduce_that_cannot_be_is_said() -> None:

@@ -141,10 +141,12 @@ def choose(
             )
             if reason is None:
                 try:
-                    working[name] = make(name, size, dtype, device)
+                    reduce = make(name, size, dtype, device)
+                    reduce(torch.zeros(size, dtype=dtype, device=device))
+                    working[name] = reduce
                 except torch.OutOfMemoryError:
                     raise
-                except RuntimeError as error:  # symmetric memory's own, of drivers and topologies
+                except RuntimeError as error:  # symmetric memory's own, of drivers, topologies and sizes
                     reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 reason = _agreed(reason, device)
             if reason is None:
