@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.families import family_of
 from spd.gpu import all_reduce
-from spd.gpu.head import message_size
+from spd.gpu.head import candidates_size
 from spd.gpu.model import Arm, GraphModel
 from spd.gpu.rank import measure_rank, start
 from spd.gpu.timing import meet
@@ -60,7 +60,7 @@ def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
     rank = int(os.environ["RANK"])
     device, config = start(settings, rank), read_architecture(settings["architecture"])
     ranks, sizes = dist.get_world_size(), [settings["prompt_length"] * config.hidden_size, config.hidden_size]
-    sizes.append(message_size(1, ranks))
+    sizes.append(candidates_size(1, ranks))
     models, arm = {}, Arm(frozenset(settings["dropped"]))
     for name, dtype in (("captured", torch.bfloat16), ("plain", torch.bfloat16), ("exact", torch.float32)):
         reduce, chosen = all_reduce.choose(

@@ -1,6 +1,8 @@
 """The engine that latency on GPUs is measured with: exact on any device, and captured on a GPU."""
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,16 @@ from spd.checkpoint import Checkpoint, read_config
 from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu import all_reduce, latency
+from spd.gpu import all_reduce, graphs, latency
 from spd.gpu.halves import Stage
-from spd.gpu.head import message_size
+from spd.gpu.head import candidates_size
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.model import Arm, GraphModel
 from spd.launch import run_ranks
 
 REFERENCE = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
 PROMPT, NEW = 20, 12
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
 every_family = pytest.mark.parametrize("folder", REFERENCE, ids=lambda folder: folder.name)
 
@@ -126,8 +129,8 @@ def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
         (Arm(attention_all_reduce=False), 12),
         (Arm(attention_all_reduce=False, mlp_all_reduce=False), 0),
     ]:
-        of_choice = [(2, 1, 8)] if arm.mlp_all_reduce else []
-        assert arm.all_reduces(12) == expected + len(of_choice)
+        assert arm.all_reduces(12) == expected
+        of_choice = [(2, 1, 4)] if arm.mlp_all_reduce else []
         counted.clear()
         model.prefill(arm)
         assert counted == [(1, PROMPT, 192)] * expected + of_choice
@@ -137,11 +140,11 @@ def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
 
 
 class InRoom(all_reduce.TwoShot):
-    """In place of the sum over ranks, which needs GPUs: thrice what one rank has, in the room for it."""
+    """In place of the sum over ranks, which needs GPUs: a few times what one rank has, in the room for it."""
 
-    def __init__(self, largest: int) -> None:
+    def __init__(self, largest: int, times: int = 3) -> None:
         super().__init__(torch.full((largest,), torch.nan), "")
-        self.copied = self.count = 0
+        self.copied, self.count, self.times = 0, 0, times
 
     def __call__(self, local: Tensor) -> Tensor:
         shared = self.room(local.shape)
@@ -149,23 +152,24 @@ class InRoom(all_reduce.TwoShot):
         if local.data_ptr() != shared.data_ptr():
             self.copied += 1
             shared.copy_(local)
-        return shared.mul_(3)
+        return shared.mul_(self.times)
 
 
 @every_family
 @pytest.mark.parametrize("arm", [Arm(), Arm(frozenset({0, 4, 11})), Arm(attention_all_reduce=False)], ids=str)
 def test_products_left_where_they_are_summed_are_the_same_and_not_copied(folder: Path, arm: Arm) -> None:
     ids = prompts(folder, 2)
-    sizes, of_choice = [ids.numel() * 192, len(ids) * 192], message_size(2, 2)
+    sizes, of_choice = [ids.numel() * 192, len(ids) * 192], candidates_size(2, 2)
     thrice = all_reduce.BySize(dict.fromkeys(sizes, lambda local: 3 * local) | {of_choice: lambda local: local})
-    _, want = greedy(graph_model(folder, 2, 0, batch_size=2, all_reduce=thrice), ids, arm)
+    tokens, want = greedy(graph_model(folder, 2, 0, batch_size=2, all_reduce=thrice), ids, arm)
     reduces = {size: InRoom(size) for size in sizes}
-    in_room = all_reduce.BySize(reduces | {of_choice: lambda local: local})
-    model = graph_model(folder, 2, 0, batch_size=2, all_reduce=in_room)
-    _, found = greedy(model, ids, arm)
+    choice = InRoom(of_choice, times=1)
+    model = graph_model(folder, 2, 0, batch_size=2, all_reduce=all_reduce.BySize(reduces | {of_choice: choice}))
+    same, found = greedy(model, ids, arm)
     torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=2e-5, rtol=1e-5)
-    of_blocks = arm.all_reduces(12) - 1
-    assert [reduce.count for reduce in reduces.values()] == [of_blocks, (NEW - 1) * of_blocks]
+    assert torch.equal(same, tokens)
+    assert (choice.count, choice.copied) == (NEW, NEW)
+    assert [reduce.count for reduce in reduces.values()] == [arm.all_reduces(12), (NEW - 1) * arm.all_reduces(12)]
     assert not any(reduce.copied for reduce in reduces.values())
     by_size = all_reduce.BySize(reduces, copied=sizes[1])  # of one token of each sequence
     assert all_reduce.room(by_size, torch.Size((2, 1, 192))) is None
@@ -210,16 +214,39 @@ def test_nothing_is_compiled_after_the_warm_up(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(
         torch, "compile", lambda f, **given: compiler(f, backend="eager", fullgraph=True, dynamic=given["dynamic"])
     )
-    model = graph_model(folder, 2, 0, all_reduce=lambda local: local, compiled=True)
-    for batch in (1, 3):
+    model = graph_model(folder, 2, 0, compiled=True)
+    for batch, summed in ((1, False), (3, False), (3, True)):
+        sizes = [batch * PROMPT * 192, batch * 192, candidates_size(batch, 2)]
+        in_room = all_reduce.BySize({size: InRoom(size, times=1) for size in sizes}, copied=192)
+        model.all_reduce = in_room if summed else lambda local: local
         model.resize(batch, PROMPT, 64)
         for decode, reach in ((False, None), (True, 48)):
             model.capture(Arm(), decode=decode, reach=reach)
             with torch.compiler.set_stance("fail_on_recompile"):
-                for arm in (Arm(), Arm(frozenset({3})), Arm(frozenset(range(12))), Arm(attention_all_reduce=False)):
+                arms = [Arm(), Arm(frozenset({3})), Arm(frozenset(range(12))), Arm(attention_all_reduce=False)]
+                for arm in (*arms, Arm(attention_all_reduce=False, mlp_all_reduce=False)):
                     for blocks_alone in (False, True):
                         model.position.fill_(PROMPT)
                         model.capture(arm, decode=decode, reach=reach, blocks_alone=blocks_alone)()
+
+
+@pytest.mark.parametrize("quick", [0, 1])
+def test_of_the_versions_of_a_function_the_quickest_is_taken(quick: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = graph_model(REFERENCE[0])
+    versions = model._versions("decode")
+    captured: list[dict[str, str]] = []
+
+    def capture(run: object, *_: object) -> Callable[[], int]:
+        captured.append(dict(model.kernels["decode"]))
+        return partial(int, len(captured) - 1)
+
+    def ms(replay: Callable[[], int], _: int) -> float:
+        used = captured[replay()]
+        return 1 + sum(used[name] != some[min(quick, len(some) - 1)] for name, some in versions.items())
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr("spd.gpu.model.events_ms", ms)
+    assert model._quicker_kernels(64, versions) == {name: some[quick] for name, some in versions.items()}
 
 
 @pytest.mark.parametrize("decode", [False, True])
@@ -233,10 +260,7 @@ def test_blocks_alone_sum_as_often_as_a_forward_and_choose_nothing(decode: bool)
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_random_weights_need_the_config_alone_and_only_this_ranks_part(tp_size: int) -> None:
-    config = AutoConfig.for_model(
-        "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50,
-    )  # fmt: skip
+    config = AutoConfig.for_model("llama", num_hidden_layers=2, vocab_size=50, **WIDTHS)
     model = GraphModel(config, family_of(config), tp_size, tp_size - 1, device="cpu", compiled=False)
     for block in model.blocks:
         assert block.qkv.shape == ((4 // tp_size + 2 * max(1, 2 // tp_size)) * 16, 64)
@@ -246,6 +270,16 @@ def test_random_weights_need_the_config_alone_and_only_this_ranks_part(tp_size: 
     assert not torch.equal(model.blocks[0].qkv, model.blocks[1].qkv)
     model.prefill(Arm())
     assert model.logits.isfinite().all()
+
+
+def test_random_weights_are_the_same_on_all_ranks_where_they_are_whole_and_others_where_they_are_cut() -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=2, vocab_size=50, **WIDTHS)
+    one, other = (GraphModel(config, family_of(config), 2, rank, device="cpu", compiled=False) for rank in (0, 1))
+    assert torch.equal(one.embedding, other.embedding)
+    for i in range(2):
+        for a, b in zip(one.blocks[i], other.blocks[i], strict=True):
+            assert a is None or torch.equal(a, b) == (a.dim() == 1)  # norms are whole
+    assert not torch.equal(one.head, other.head)
 
 
 def test_an_all_reduce_that_fails_at_its_first_call_is_fallen_back_from(

@@ -1,6 +1,7 @@
 """Sessions of `latency=gpu`: what is reported of one, whole ones on CPU ranks, and on a GPU."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from gpu_settings import REFERENCE, SETTINGS, SHAPE, SMALL, architecture, on_gpu
 
 from experiments.gpu_latency import measure
 from experiments.gpu_latency.measure import rows_of, table
 from spd.errors import UserError
+from spd.gpu import rank
 from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, merged, summarise
+from spd.gpu.model import GraphModel
 from spd.launch import RankFailed
 
 
@@ -143,6 +147,32 @@ def test_of_long_forwards_nothing_and_everything_dropped_is_profiled_alone(sessi
     short, long = (set(session["communication"][0]["ttft_ms"]) for session in sessions[0])
     assert short == {"0", "3", *CEILINGS}
     assert long == {"0", "3"}
+
+
+@pytest.mark.parametrize(("long", "forwards"), [(False, 2 * 3), (True, 2)])
+def test_a_forward_that_is_not_timed_precedes_each_but_long_ones(
+    long: bool, forwards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One rank in this process. Twice with and once without being timed; long ones are not warmed up either.
+    monkeypatch.setenv("RANK", "0")
+    ran = []
+    prefill = GraphModel.prefill
+    monkeypatch.setattr(GraphModel, "prefill", lambda model, arm: ran.append(arm) or prefill(model, arm))
+    start = partial(dist.init_process_group, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    monkeypatch.setattr(dist, "init_process_group", start)
+    shape = Shape(1, 8, decode_at=None, repeats=2, long=long)
+    try:
+        rank.measure_rank(
+            SETTINGS | {
+                "tp_size": 1, "checkpoint": None, "architecture": {"model_type": "llama", **SMALL["llama"]},
+                "shapes": [shape._asdict()], "devices": ["cpu"], "began": 0, "seed": 0, "profile": False,
+                "arms": {"0": {"dropped": [], "left_out": {}}},
+            },
+            lambda done, total: None,
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+    assert len(ran) == forwards
 
 
 def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list[dict], list]) -> None:
@@ -300,6 +330,14 @@ def test_launches_that_measure_otherwise_are_not_put_together(
         with pytest.raises(SystemExit, match="1 launches failed"):
             measure.main([*command, "2", *given])
         assert f"has launches of it with 2x32: {option} False, here True; take another" in capsys.readouterr().out
+    file = tmp_path / "sessions.json"
+    found = json.loads(file.read_text())
+    del found["llama2_7b tp2 native"]["sessions"]["2x32"]["long"]  # as an earlier version wrote it
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/sessions.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="1 launches failed"):
+        measure.main([str(tmp_path / "earlier"), *command[1:], "2"])
+    assert "has launches of it with 2x32: long None, here False; take another" in capsys.readouterr().out
     monkeypatch.setattr(measure, "NEW_TOKENS", 9)
     with pytest.raises(SystemExit, match="1 launches failed"):
         measure.main([*command, "2"])
@@ -314,6 +352,7 @@ def test_longer_shapes_of_large_models_are_repeated_half_as_often_and_left_out_w
         has_memory(free * 10**9, monkeypatch)
         found = measure.fitting(architecture("llama2_70b"), 2, list(measure.SHAPES))
         assert [shape.repeats for shape in found.values()] == there
+        assert [name for name, shape in found.items() if shape.long] == ["16x2048"][: len(there) - 3]
     assert "16x2048 does not fit: 8" in capsys.readouterr().out
     found = measure.fitting(architecture("llama2_7b"), 2, list(measure.SHAPES))
     assert found == measure.SHAPES

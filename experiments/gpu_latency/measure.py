@@ -44,10 +44,10 @@ SHAPES = {
 """Batch size x prompt tokens; the longer a forward takes, the less its time varies. Repeats are even: ABBA."""
 LARGE = 2 * 10**10
 """Bytes of a rank's weights from which on shapes but 1 x 128 are repeated half as often, and 16 x 2048 tokens are
-`Shape.long`: they take seconds, in which a GPU's clock has settled."""
+`Shape.long`."""
 NEW_TOKENS = 4
-WARMUP = 0
-"""As a forward that is not timed precedes each, where that matters (`Shape.long`)."""
+WARMUP = 1
+"""Rounds of all arms. In the first a GPU is cool, and until it runs into its power limit up to 10 % quicker."""
 PHASES = {"ttft_ms": "prefill", "tpot_ms": "decode"}
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
@@ -192,7 +192,8 @@ def add_launch(
     for shape in set(asked) & set(sessions):
         wanted = asked[shape]._asdict() | {"new_tokens": NEW_TOKENS, "warmup": WARMUP, "tp_plan": options.tp_plan}
         there = sessions[shape] | {"tp_plan": sessions[shape]["tp_plan"] is not None}
-        differs += [(f"{shape}: {name}", there[name], value) for name, value in wanted.items() if there[name] != value]
+        there_too = {name: there.get(name) for name in wanted}
+        differs += [(f"{shape}: {name}", was, wanted[name]) for name, was in there_too.items() if was != wanted[name]]
     if differs:
         said = ", ".join(f"{name} {there}, here {here}" for name, there, here in differs)
         raise UserError(f"{options.folder} has launches of it with {said}; take another folder")

@@ -1,7 +1,7 @@
-"""Sums over ranks: NCCL's, and PyTorch's symmetric-memory kernels, which are quicker for small messages.
+"""Sums over ranks: NCCL's, and PyTorch's symmetric-memory kernels, which are quicker over direct links.
 
-Every kind can be captured in a CUDA graph. `None` instead of one
-leaves the sum out: for one rank, and for the ceilings.
+Every kind can be captured in a CUDA graph. `None` instead of one leaves the sum out: for one rank, and for the
+ceilings.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from spd.gpu import graphs
 from spd.gpu.timing import events_ms, of_group, slowest
 
 AllReduce = Callable[[Tensor], Tensor]
-"""[B, T, D] of one rank -> the sum over ranks, which holds until the next call; the argument may be overwritten."""
+"""What one rank has, [B, T, D] most often -> the sum over ranks, which holds until the next call; the argument may be
+overwritten."""
 
 KINDS = ("nccl", "one_shot", "two_shot")
 
@@ -132,7 +133,7 @@ def choose(
     made: dict[int, AllReduce] = {}
     found: dict[int, dict[str, Any]] = {}
     for size in sorted(set(sizes)):
-        working: dict[str, AllReduce] = {}
+        working: dict[str, Any] = {}
         us: dict[str, float] = {}
         refused: dict[str, str] = {}
         for name in asked:
@@ -140,15 +141,10 @@ def choose(
                 _why_not(name, size * dtype.itemsize, device, peers, direct_links, only=kind != "auto"), device
             )
             if reason is None:
-                try:
-                    reduce = make(name, size, dtype, device)
-                    reduce(torch.zeros(size, dtype=dtype, device=device))
-                    working[name] = reduce
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:  # symmetric memory's own, of drivers, topologies and sizes
-                    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                reason = _agreed(reason, device)
+                working[name], reason = _tried(device, make, name, size, dtype, device)
+            if reason is None:  # on all ranks: a first call by some would wait for the others for ever
+                zeros = torch.zeros(size, dtype=dtype, device=device)
+                _, reason = _tried(device, working[name], zeros)
             if reason is None:
                 us[name] = round(time_us(working[name], size, dtype, device, copied=size <= copied), 2)
             else:
@@ -161,6 +157,18 @@ def choose(
         found[size] = {"kind": best, "us": us, "fell_back": refused}
 
     return BySize(made, copied), found
+
+
+def _tried(device: torch.device, call: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """What a call gives, and why it failed on this rank or another; None where it worked on all."""
+    given, reason = None, None
+    try:
+        given = call(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # symmetric memory's own, of drivers, topologies and sizes
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return given, _agreed(reason, device)
 
 
 def _agreed(reason: str | None, device: torch.device) -> str | None:

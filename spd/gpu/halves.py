@@ -295,9 +295,9 @@ class Halves:
         first: Tensor,
         mine: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Of the last token the logits [B, V/N] of a rank's `part` of the head, and its `spd.gpu.head.candidate`."""
+        """Of the last token the logits [B, V/N] of a rank's `part` of the head, and `spd.gpu.head.candidates`."""
         logits = F.linear(self.norm((residual + summed)[:, -1], weight, bias), part)
-        return logits, head.candidate(logits, first, mine)
+        return logits, head.candidates(logits, first, mine)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One rank's part of a model with static caches, whose prefill and decoding step run as CUDA graphs.
 
-Embedding, head and greedy choice belong to every forward, so a replay takes what a serving engine takes from token ids
-to the next token. The embedding is whole on every rank, of the head each has a part (`spd.gpu.head`).
+Embedding, head and greedy choice belong to every forward, from token ids to the next token. Of the head each rank has a
+part (`spd.gpu.head`); the embedding is whole on all (a serving engine that cuts it sums once more).
 
 Legend: B batch, T prompt tokens, C cache length, D hidden size, K key/value heads, h head size, N ranks, V vocabulary.
 """
@@ -38,8 +38,8 @@ class Arm:
     """False leaves out the other one as well, and that of the choice of the next token."""
 
     def all_reduces(self, blocks: int) -> int:
-        """How many a forward of so many blocks has, that of the choice of the next token included."""
-        return (blocks - len(self.dropped)) * self.attention_all_reduce + (blocks + 1) * self.mlp_all_reduce
+        """How many so many blocks have."""
+        return (blocks - len(self.dropped)) * self.attention_all_reduce + blocks * self.mlp_all_reduce
 
 
 class RandomLayer:
@@ -115,7 +115,7 @@ class GraphModel:
         """Tokens whose logits this rank has."""
         self._first = torch.tensor(self.vocab.start, device=self.device)
         self._mine = torch.arange(tp_size, device=self.device).view(-1, 1, 1) == rank
-        self._read(whole, config, family, Cut.of_ranks(family, config, tp_size, [rank]), checkpoint)
+        self._read(whole, config, family, tp_size, rank, checkpoint)
         kv_heads = (self.blocks[0].qkv.shape[0] - self.blocks[0].attention_output.shape[1]) // 2
         self._kv_heads = kv_heads // self.halves.head_size
         self._chosen: dict[tuple[int, int, int | None], dict[str, str]] = {}
@@ -143,37 +143,44 @@ class GraphModel:
 
     @torch.no_grad()
     def _read(
-        self, whole: Any, config: PretrainedConfig, family: Family, cut: Cut, checkpoint: Checkpoint | None
+        self,
+        whole: Any,
+        config: PretrainedConfig,
+        family: Family,
+        tp_size: int,
+        rank: int,
+        checkpoint: Checkpoint | None,
     ) -> None:
         decoder = whole.get_submodule(family.decoder)
         names = {id(parameter): name for name, parameter in whole.named_parameters()}
         shapes = {name: parameter.shape for name, parameter in decoder.layers[0].named_parameters()}
-        outside = RandomLayer({n: p.shape for n, p in whole.named_parameters()}, -1, self.dtype, self.device)
+        every = {name: parameter.shape for name, parameter in whole.named_parameters()}
+        # Seeds: of what is cut, of every rank its own.
+        of_all, of_rank = (RandomLayer(every, seed, self.dtype, self.device) for seed in (-1, -2 - rank))
 
-        def tensor(parameter: Tensor, rows: slice = slice(None)) -> Tensor:
-            name = names[id(parameter)]
-            source = outside if checkpoint is None else checkpoint
-            return source.read(name, rows).to(self.device, self.dtype)
+        def tensor(parameter: Tensor, random: RandomLayer = of_all, rows: slice = slice(None)) -> Tensor:
+            source = random if checkpoint is None else checkpoint
+            return source.read(names[id(parameter)], rows).to(self.device, self.dtype)
 
         def layer(i: int) -> Source:
             if checkpoint is None:
-                return RandomLayer(shapes, i, self.dtype, self.device)
+                return RandomLayer(shapes, i * tp_size + rank, self.dtype, self.device)
             return InCheckpoint(checkpoint, f"{family.decoder}.layers.{i}.")
 
         embedding, output = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
         self.embedding = tensor(embedding)
+        tied = output is embedding or config.tie_word_embeddings
+        self.head = self.embedding[self.vocab] if tied else tensor(output, of_rank, self.vocab)
+        """[V/N, D]"""
         norm = getattr(decoder, family.final_norm)
         bias = getattr(norm, "bias", None)
         self.final_norm = tensor(norm.weight), None if bias is None else tensor(bias)
         positions = getattr(decoder, "embed_positions", None)
         self.positions = None if positions is None else tensor(positions.weight)[positions.offset :]
-        # Last, as random numbers follow each other, and of this each rank has its own.
-        tied = output is embedding or config.tie_word_embeddings
-        self.head = self.embedding[self.vocab] if tied else tensor(output, self.vocab)
-        """[V/N, D]"""
         self.rotary = None
         if hasattr(decoder, "rotary_emb"):
             self.rotary = type(decoder.rotary_emb)(config).to(self.device)
+        cut = Cut.of_ranks(family, config, tp_size, [rank])
         reader = BlockReader(family, config, type(decoder.layers[0]), cut)
         self.blocks: list[Weights] = []
         for i in range(self.num_blocks):
@@ -227,9 +234,9 @@ class GraphModel:
 
     def _choose(self, residual: Tensor, summed: Tensor, arm: Arm) -> None:
         """Leaves logits and the next token behind."""
-        logits, message = self.halves.last(residual, summed, *self.final_norm, self.head, self._first, self._mine)
+        logits, candidates = self.halves.last(residual, summed, *self.final_norm, self.head, self._first, self._mine)
         self.logits.copy_(logits)
-        self.token.copy_(self.halves.likeliest(self._sum(message) if arm.mlp_all_reduce else message))
+        self.token.copy_(self.halves.likeliest(self._sum(candidates) if arm.mlp_all_reduce else candidates))
 
     def _states(self, reach: int | None) -> States:
         """What goes into the first block: of `token` in decoding, of `prompt` in prefill, for which `reach` is None."""

@@ -14,7 +14,7 @@ from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, graphs, interconnect
-from spd.gpu.head import message_size
+from spd.gpu.head import candidates_size
 from spd.gpu.latency import Shape
 from spd.gpu.limits import Rates
 from spd.gpu.memory import check_memory, what_fits
@@ -135,7 +135,7 @@ def _messages(shape: Shape, hidden_size: int, tp_size: int) -> dict[str, int]:
     """Numbers in the messages of prefill, of decoding, and of the "choice" of a token at the end of both."""
     tokens = {"ttft_ms": shape.prompt_length, "tpot_ms": 1}
     of_blocks = {metric: shape.batch_size * tokens[metric] * hidden_size for metric in shape.metrics}
-    return of_blocks | {"choice": message_size(shape.batch_size, tp_size)}
+    return of_blocks | {"choice": candidates_size(shape.batch_size, tp_size)}
 
 
 def _resize(bench: Bench, size: tuple[int, int, int]) -> None:
@@ -173,7 +173,7 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
     began = time.perf_counter()
     times = torch.zeros(len(phases), len(names), shape.repeats, dtype=torch.float64)
     with no_garbage_collection():
-        for _ in range(settings["warmup"]):
+        for _ in range(0 if shape.long else settings["warmup"]):
             for name in names:
                 timed(name)
         for repeat in range(shape.repeats):
@@ -229,21 +229,20 @@ def _floor_ms(bench: Bench, shape: Shape, metric: str, arm: Arm) -> float:
     for name, size in _messages(shape, model.embedding.shape[1], bench.settings["tp_size"]).items():
         chosen = bench.all_reduce.get(size)
         us[name] = chosen["us"][chosen["kind"]] if chosen else 0.0
-    of_choice = int(arm.mlp_all_reduce)
-    reduces_us = (arm.all_reduces(model.num_blocks) - of_choice) * us[metric] + of_choice * us["choice"]
+    reduces_us = arm.all_reduces(model.num_blocks) * us[metric] + arm.mlp_all_reduce * us["choice"]
     work = model.work(shape.decode_at if metric == "tpot_ms" else None)
     return bench.rates.floor_ms(*work) + reduces_us / 1e3
 
 
 def _profiles(bench: Bench, shape: Shape) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each forward of each arm, the share of communication; of a block in the middle, its timeline. None and []
-    where the trace has lost an all-reduce."""
+    """Of each forward of each arm (of `Shape.long` ones, of two), the share of communication; of a block in the middle,
+    its timeline. None and [] where the trace has lost an all-reduce."""
     model = bench.model
     ends = {name for name, arm in bench.arms.items() if arm in (Arm(), Arm(frozenset(range(model.num_blocks))))}
     arms = {name: arm for name, arm in bench.arms.items() if name in ends or not shape.long}
     shares: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
     timeline: dict[str, dict[str, Any]] = {metric: {} for metric in shape.metrics}
-    replays = _captured(bench, shape, shape.metrics)
+    replays = _captured(bench._replace(arms=arms), shape, shape.metrics)
 
     def before() -> None:
         model.position.fill_(shape.decode_at or 0)
@@ -252,7 +251,7 @@ def _profiles(bench: Bench, shape: Shape) -> dict[str, dict[str, dict[str, Any]]
     for metric in shape.metrics:
         found = kernels_of({name: replays[metric, name] for name in arms}, before)
         for name, arm in arms.items():
-            sums = arm.all_reduces(model.num_blocks) if bench.settings["tp_size"] > 1 else 0
+            sums = arm.all_reduces(model.num_blocks) + arm.mlp_all_reduce if bench.settings["tp_size"] > 1 else 0
             traced = sum(kernel.communicates for kernel in found[name]) == sums
             kernels = found[name] if traced else []
             shares[metric][name] = communication(kernels)

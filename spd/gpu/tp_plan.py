@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from spd.checkpoint import read_architecture
 from spd.errors import UserError
-from spd.gpu.all_reduce import slowest
 from spd.gpu.latency import Shape
 from spd.gpu.rank import start
-from spd.gpu.timing import events_ms, meet
+from spd.gpu.timing import events_ms, meet, slowest
 from spd.launch import Progress
 
 
