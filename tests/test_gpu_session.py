@@ -149,12 +149,20 @@ def test_of_long_forwards_nothing_and_everything_dropped_is_profiled_alone(sessi
     assert long == {"0", "3"}
 
 
-@pytest.mark.parametrize(("long", "forwards"), [(False, 2 * 3), (True, 2)])
-def test_a_forward_that_is_not_timed_precedes_each_but_long_ones(
-    long: bool, forwards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("long", "short_ms", "forwards"),
+    [
+        pytest.param(False, 1e6, 1 + 2 * (1 + 2), id="short"),
+        pytest.param(False, 0, 1 + 1 + 2, id="not short"),
+        pytest.param(True, 1e6, 2, id="long"),
+    ],
+)
+def test_a_forward_that_is_not_timed_precedes_each_short_one(
+    long: bool, short_ms: float, forwards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One rank in this process. Twice with and once without being timed; long ones are not warmed up either.
+    # One rank in this process. The first tells how long a forward takes; then a round of warm-up and two repeats.
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(rank, "SHORT_MS", short_ms)
     ran = []
     prefill = GraphModel.prefill
     monkeypatch.setattr(GraphModel, "prefill", lambda model, arm: ran.append(arm) or prefill(model, arm))

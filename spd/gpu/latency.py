@@ -42,9 +42,8 @@ class Shape(NamedTuple):
     blocks_alone: bool = False
     """Whether the decoder blocks are timed by themselves too (`BLOCKS`)."""
     long: bool = False
-    """Whether a forward takes seconds: then there is no warm-up, and of the arms only nothing and everything dropped
-    are profiled. If not, a forward that is not timed precedes each that is: on two H200s one of 4 ms was slower by up
-    to 5 % after an arm that had left the links idle."""
+    """Whether a forward takes seconds: then none is run but those that are timed, and only nothing and everything
+    dropped are profiled."""
 
     @property
     def phases(self) -> tuple[str, ...]:
