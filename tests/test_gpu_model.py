@@ -385,15 +385,17 @@ def test_every_version_compiled_for_a_gpu_gives_the_same_logits(batch: int) -> N
                     torch.testing.assert_close(model.logits, want[i], atol=2e-3, rtol=1e-3)
 
 
-TWO = ["cuda:0", "cuda:1"]
+TWO, FOUR = (["cuda:0", "cuda:1", "cuda:2", "cuda:3"][:ranks] for ranks in (2, 4))
 ON_ONE_GPU, NO_LINKS = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}, {"NCCL_P2P_DISABLE": "1"}
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees no two GPUs on this machine")
+four_gpus = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="torch sees no four GPUs on this machine")
 
 
 @pytest.mark.parametrize(
     ("kinds", "devices", "environment"),
     [
-        pytest.param(["nccl"], ["cpu", "cpu"], {}, id="cpu"),
+        pytest.param(["nccl"], ["cpu"] * 2, {}, id="two-cpus"),
+        pytest.param(["nccl"], ["cpu"] * 4, {}, id="four-cpus"),
         # Both ranks on one GPU: its numbers are right, its times would mean nothing.
         pytest.param(
             ["one_shot", "two_shot"],
@@ -404,10 +406,11 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees 
         ),
         pytest.param(["nccl"], TWO, {}, marks=[pytest.mark.gpu, two_gpus], id="nccl"),
         pytest.param(["nccl"], TWO, NO_LINKS, marks=[pytest.mark.gpu, two_gpus], id="nccl-lbw"),
+        pytest.param(list(all_reduce.KINDS), FOUR, {}, marks=[pytest.mark.gpu, four_gpus], id="four-gpus"),
     ],
 )
 @every_family
-def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
+def test_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
     folder: Path,
     kinds: list[str],
     devices: list[str],
@@ -416,7 +419,7 @@ def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ids = prompts(folder, 2 if "cpu" in devices else 1)  # of one sequence, products are Triton kernels too
-    virtual = spd.load(folder, tp_size=2, dtype="float32")
+    virtual = spd.load(folder, tp_size=len(devices), dtype="float32")
     virtual.drop(RANKS_DROP)
     tokens, want = ids, []
     with torch.no_grad():
@@ -428,8 +431,8 @@ def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
     asked = {"folder": str(folder), "want": str(tmp_path / "want.safetensors"), "kinds": kinds, "devices": devices}
     found = run_ranks(
         "gpu_ranks:compared",
-        asked | {"tp_size": 2, "timeout_s": 200},
-        tp_size=2,
+        asked | {"tp_size": len(devices), "timeout_s": 200},
+        tp_size=len(devices),
         timeout_s=300,
         environment=environment | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
     )
@@ -437,17 +440,19 @@ def test_two_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
 
 
 @pytest.mark.gpu
-@two_gpus
+@pytest.mark.parametrize(
+    "devices", [pytest.param(TWO, marks=two_gpus, id="two"), pytest.param(FOUR, marks=four_gpus, id="four")]
+)
 @pytest.mark.parametrize("dropped", [[], [0, 2]])
-def test_two_gpus_captured_give_the_uncaptured_logits_and_64_tokens_at_a_published_width(
-    dropped: list[int], monkeypatch: pytest.MonkeyPatch
+def test_gpus_captured_give_the_uncaptured_logits_and_64_tokens_at_a_published_width(
+    devices: list[str], dropped: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     asked = {"architecture": architecture("llama2_7b") | {"num_hidden_layers": 4}, "dropped": dropped}
     found = run_ranks(
         "gpu_ranks:as_uncaptured",
-        asked | {"prompt_length": 128, "tp_size": 2, "devices": TWO, "timeout_s": 200},
-        tp_size=2,
+        asked | {"prompt_length": 128, "tp_size": len(devices), "devices": devices, "timeout_s": 200},
+        tp_size=len(devices),
         timeout_s=300,
         environment=ENVIRONMENT["native"] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
     )
