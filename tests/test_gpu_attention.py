@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_settings import on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,6 @@ from spd.gpu.halves import Halves
 
 PROMPT = (attention.prompt_by_sdpa, attention.prompt_by_flex)
 TOKEN = (attention.token_by_reductions, attention.token_by_flex)
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
 
 
 def causal(tokens: int, device: str = "cpu") -> BlockMask:

@@ -7,30 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from gpu_ranks import RANKS_DROP
-from gpu_settings import SETTINGS, SHAPE, architecture
-from safetensors.torch import save_file
+from gpu_models import FAMILIES, NEW, PROMPT, every_family, graph_model, greedy, prompts
+from gpu_settings import on_gpu
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spd
-from spd.checkpoint import Checkpoint, read_config
-from spd.config import ROOT
-from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu import all_reduce, graphs, latency
+from spd.gpu import all_reduce, graphs
 from spd.gpu.halves import Stage
 from spd.gpu.head import candidates_size
-from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.model import Arm, GraphModel
-from spd.launch import run_ranks
 
-REFERENCE = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
-PROMPT, NEW = 20, 12
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
-every_family = pytest.mark.parametrize("folder", REFERENCE, ids=lambda folder: folder.name)
 
 
 class Meeting:
@@ -49,31 +38,6 @@ class Meeting:
             return total
 
         return reduce
-
-
-def graph_model(folder: Path, tp_size: int = 1, rank: int = 0, **options) -> GraphModel:
-    config = read_config(folder)
-    options = {"dtype": torch.float32, "device": "cpu", "compiled": False, "cache_length": 64} | options
-    return GraphModel(
-        config, family_of(config), tp_size, rank, checkpoint=Checkpoint(folder), prompt_length=PROMPT, **options
-    )
-
-
-def prompts(folder: Path, batch: int, device: str = "cpu") -> Tensor:
-    random = torch.Generator().manual_seed(0)
-    return torch.randint(5, read_config(folder).vocab_size, (batch, PROMPT), generator=random).to(device)
-
-
-def greedy(model: GraphModel, ids: Tensor, arm: Arm, new: int = NEW) -> tuple[Tensor, list[Tensor]]:
-    """The tokens, and the logits that each was chosen by."""
-    model.prompt.copy_(ids)
-    model.prefill(arm)
-    tokens, logits = [model.token.clone()], [model.logits.clone()]
-    for _ in range(new - 1):
-        model.decode(arm)
-        tokens.append(model.token.clone())
-        logits.append(model.logits.clone())
-    return torch.cat(tokens, 1), logits
 
 
 @every_family
@@ -122,7 +86,7 @@ def test_the_ceilings_leave_out_the_all_reduces_that_they_name() -> None:
         counted.append(tuple(local.shape))
         return local
 
-    model = graph_model(REFERENCE[0], 2, 0, all_reduce=count)
+    model = graph_model(FAMILIES[0], 2, 0, all_reduce=count)
     for arm, expected in [
         (Arm(), 24),
         (Arm(frozenset({1, 2, 3})), 21),
@@ -177,7 +141,7 @@ def test_products_left_where_they_are_summed_are_the_same_and_not_copied(folder:
 
 
 def test_a_short_reach_and_another_size_change_no_logits() -> None:
-    folder = REFERENCE[0]
+    folder = FAMILIES[0]
     ids, arm = prompts(folder, 2), Arm(frozenset({2, 5}))
     model = graph_model(folder, batch_size=3, cache_length=40)
     model.resize(2, PROMPT, 64)
@@ -232,7 +196,7 @@ def test_nothing_is_compiled_after_the_warm_up(folder: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("quick", [0, 1])
 def test_of_the_versions_of_a_function_the_quickest_is_taken(quick: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = graph_model(REFERENCE[0])
+    model = graph_model(FAMILIES[0])
     versions = model._versions("decode")
     captured: list[dict[str, str]] = []
 
@@ -252,7 +216,7 @@ def test_of_the_versions_of_a_function_the_quickest_is_taken(quick: int, monkeyp
 @pytest.mark.parametrize("decode", [False, True])
 def test_blocks_alone_sum_as_often_as_a_forward_and_choose_nothing(decode: bool) -> None:
     sums = []
-    model = graph_model(REFERENCE[0], 2, 0, all_reduce=lambda local: sums.append(local.shape) or local)
+    model = graph_model(FAMILIES[0], 2, 0, all_reduce=lambda local: sums.append(local.shape) or local)
     model.capture(Arm(frozenset({4})), decode=decode, blocks_alone=True)()
     assert sums == [(1, 1 if decode else PROMPT, 192)] * 23
     assert not model.logits.any()
@@ -280,33 +244,6 @@ def test_random_weights_are_the_same_on_all_ranks_where_they_are_whole_and_other
         for a, b in zip(one.blocks[i], other.blocks[i], strict=True):
             assert a is None or torch.equal(a, b) == (a.dim() == 1)  # norms are whole
     assert not torch.equal(one.head, other.head)
-
-
-def test_an_all_reduce_that_fails_at_its_first_call_is_fallen_back_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = all_reduce.make
-
-    def failing(local: Tensor) -> Tensor:
-        raise RuntimeError("input size must be at least 4-byte aligned\nand more")
-
-    monkeypatch.setattr(all_reduce, "make", lambda kind, *of: made(kind, *of) if kind == "nccl" else failing)
-    monkeypatch.setattr(all_reduce, "_why_not", lambda *_, **__: None)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        _, found = all_reduce.choose("auto", [16], torch.float32, torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
-    assert found[16]["kind"] == "nccl"
-    why = "RuntimeError: input size must be at least 4-byte aligned"
-    assert found[16]["fell_back"] == {"one_shot": why, "two_shot": why}
-
-
-def test_an_all_reduce_that_cannot_be_is_said() -> None:
-    with pytest.raises(UserError, match=r"latency.all_reduce='ring' is not known; known are nccl"):
-        all_reduce.make("ring", 8, torch.float32, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"latency.all_reduce=one_shot needs GPUs"):
-        all_reduce.make("one_shot", 8, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -346,7 +283,7 @@ def test_captured_graphs_give_the_uncaptured_models_logits_and_64_tokens(
 @pytest.mark.gpu
 @on_gpu
 def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
-    folder = REFERENCE[2]
+    folder = FAMILIES[2]
     ids, arm = prompts(folder, 1, "cuda"), Arm(frozenset({3, 4}))
     options = {"cache_length": 128, "device": "cuda"}
     captured = graph_model(folder, **options, compiled=True)
@@ -365,7 +302,7 @@ def test_a_captured_float32_model_chooses_the_same_64_tokens() -> None:
 @on_gpu
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_version_compiled_for_a_gpu_gives_the_same_logits(batch: int) -> None:
-    folder = REFERENCE[2]
+    folder = FAMILIES[2]
     ids, arm = prompts(folder, batch, "cuda"), Arm(frozenset({2, 5}))
     options = {"batch_size": batch, "device": "cuda"}
     _, want = greedy(graph_model(folder, **options), ids, arm)
@@ -383,96 +320,3 @@ def test_every_version_compiled_for_a_gpu_gives_the_same_logits(batch: int) -> N
                     if i:
                         step()
                     torch.testing.assert_close(model.logits, want[i], atol=2e-3, rtol=1e-3)
-
-
-TWO, FOUR = (["cuda:0", "cuda:1", "cuda:2", "cuda:3"][:ranks] for ranks in (2, 4))
-ON_ONE_GPU, NO_LINKS = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}, {"NCCL_P2P_DISABLE": "1"}
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees no two GPUs on this machine")
-four_gpus = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="torch sees no four GPUs on this machine")
-
-
-@pytest.mark.parametrize(
-    ("kinds", "devices", "environment"),
-    [
-        pytest.param(["nccl"], ["cpu"] * 2, {}, id="two-cpus"),
-        pytest.param(["nccl"], ["cpu"] * 4, {}, id="four-cpus"),
-        # Both ranks on one GPU: its numbers are right, its times would mean nothing.
-        pytest.param(
-            ["one_shot", "two_shot"],
-            ["cuda:0", "cuda:0"],
-            ON_ONE_GPU,
-            marks=[pytest.mark.gpu, on_gpu],
-            id="symmetric-memory",
-        ),
-        pytest.param(["nccl"], TWO, {}, marks=[pytest.mark.gpu, two_gpus], id="nccl"),
-        pytest.param(["nccl"], TWO, NO_LINKS, marks=[pytest.mark.gpu, two_gpus], id="nccl-lbw"),
-        pytest.param(list(all_reduce.KINDS), FOUR, {}, marks=[pytest.mark.gpu, four_gpus], id="four-gpus"),
-    ],
-)
-@every_family
-def test_ranks_with_their_all_reduce_give_what_virtual_ranks_give(
-    folder: Path,
-    kinds: list[str],
-    devices: list[str],
-    environment: dict,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ids = prompts(folder, 2 if "cpu" in devices else 1)  # of one sequence, products are Triton kernels too
-    virtual = spd.load(folder, tp_size=len(devices), dtype="float32")
-    virtual.drop(RANKS_DROP)
-    tokens, want = ids, []
-    with torch.no_grad():
-        for _ in range(NEW):
-            want.append(virtual(tokens)[:, -1])
-            tokens = torch.cat([tokens, want[-1].argmax(-1, keepdim=True)], 1)
-    save_file({"ids": ids, "want": torch.stack(want, 1)}, tmp_path / "want.safetensors")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    asked = {"folder": str(folder), "want": str(tmp_path / "want.safetensors"), "kinds": kinds, "devices": devices}
-    found = run_ranks(
-        "gpu_ranks:compared",
-        asked | {"tp_size": len(devices), "timeout_s": 200},
-        tp_size=len(devices),
-        timeout_s=300,
-        environment=environment | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
-    )
-    assert found["equal"] == kinds
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "devices", [pytest.param(TWO, marks=two_gpus, id="two"), pytest.param(FOUR, marks=four_gpus, id="four")]
-)
-@pytest.mark.parametrize("dropped", [[], [0, 2]])
-def test_gpus_captured_give_the_uncaptured_logits_and_64_tokens_at_a_published_width(
-    devices: list[str], dropped: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    asked = {"architecture": architecture("llama2_7b") | {"num_hidden_layers": 4}, "dropped": dropped}
-    found = run_ranks(
-        "gpu_ranks:as_uncaptured",
-        asked | {"prompt_length": 128, "tp_size": len(devices), "devices": devices, "timeout_s": 200},
-        tp_size=len(devices),
-        timeout_s=300,
-        environment=ENVIRONMENT["native"] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
-    )
-    assert set(found["kinds"]) & {"one_shot", "two_shot"}
-    # Both round, so they differ by as much as two roundings do.
-    assert max(found["difference"]) <= 2 * max(found["rounding"])
-    assert all(gap <= 2 * max(found["rounding"]) for gap in found["unsure"])
-
-
-@pytest.mark.gpu
-@on_gpu
-def test_running_out_of_memory_names_the_rank_and_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    launched = []
-
-    def instead(function: str, *arguments: object, **options: object) -> dict:
-        launched.append(function)
-        return run_ranks("gpu_ranks:out_of_memory", *arguments, **options)
-
-    monkeypatch.setattr(latency, "run_ranks", instead)
-    with pytest.raises(UserError, match=r"rank 0 of 1 ran out of memory on cuda:0, .* were free: .* would fit"):
-        latency.measure_gpu_latency(architecture("llama2_7b"), 1, {"0": []}, [SHAPE], **SETTINGS)
-    assert launched == ["spd.gpu.rank:measure_rank"]

@@ -3,45 +3,18 @@
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from gpu_settings import REFERENCE, SETTINGS, SHAPE, SMALL, architecture, on_gpu
+from gpu_settings import REFERENCE, SETTINGS, SHAPE, SMALL, architecture, has_memory, invented_session, on_gpu
 
-from experiments.gpu_latency import measure
 from experiments.gpu_latency.measure import rows_of, table
 from spd.errors import UserError
 from spd.gpu import rank
 from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, merged, summarise
 from spd.gpu.model import GraphModel
-from spd.launch import RankFailed
-
-
-def invented_session(launches: int = 5) -> dict:
-    """Times without noise but for a launch's own pace: 50 % dropped saves 10 %, the ceiling 20 %."""
-    paces = [1 + launch / 10 for launch in range(launches)]
-    of = {"0": 10.0, "6": 9.0, "no_attention_all_reduce": 8.0, "no_all_reduce": 6.0}
-    times = {arm: [[pace * ms * wobble for wobble in (0.9, 1, 1.1)] for pace in paces] for arm, ms in of.items()}
-    each = {metric: {arm: ms / 2 for arm, ms in of.items()} for metric in ("ttft_ms", "tpot_ms")}
-    shares = {m: {arm: {"share": ms / 100, "overlap": 0.0, "busy": 1.0} for arm, ms in of.items()} for m in each}
-    settings = {"source": "measured", "backend": "nccl", "device": "cuda", "launches": launches, "repeats": 3}
-    settings |= {"prompt_length": 128, "decode_at": 256, "batch_size": 4, "new_tokens": 8, "dtype": "bfloat16"}
-    return settings | {
-        "interconnect": "native",
-        "metrics": ["ttft_ms", "tpot_ms"],
-        "ceilings": list(CEILINGS),
-        "ttft_ms": times,
-        "tpot_ms": times,
-        **{name: [None] * launches for name in ("rates", "link", "all_reduce")},
-        "peak_memory_gb": [7.0] * launches,
-        "tp_plan": None,
-        "floor_ms": [each] * launches,
-        "communication": [shares] * launches,
-    }
 
 
 def test_a_session_is_reported_with_intervals_ceilings_and_floors() -> None:
@@ -217,153 +190,6 @@ def test_sessions_of_other_launches_are_put_together(sessions: tuple[list[dict],
             assert whole[name] == (value + value if of_launches else whole[name])
             if name.endswith("_ms") and isinstance(value, dict):
                 assert whole[name] == {arm: times + times for arm, times in value.items()}
-
-
-def has_memory(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every GPU of this machine has so many bytes."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=size))
-
-
-class Launches:
-    """In place of GPUs: launches that are those of `sessions`, as of a model of 32 blocks."""
-
-    def __init__(self, sessions: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found = json.loads(json.dumps(sessions).replace('"3":', '"32":'))  # of three blocks, all
-        self.asked: list[tuple[str, int, int]] = []
-        self.failing: set[str] = set()
-        self.timeouts: list[float] = []
-        self.here = {"gpu": "none", "date": "2026-11-27"}
-        for session in self.found:
-            session["blocks_alone"] = False
-        monkeypatch.setattr(measure, "SHAPES", dict(zip(("2x32", "1x150"), map(self.shape, self.found), strict=True)))
-        monkeypatch.setattr(measure, "measure_gpu_latency", self.launch)
-        monkeypatch.setattr(measure, "here", lambda: dict(self.here))
-        has_memory(8 * 10**10, monkeypatch)
-
-    @staticmethod
-    def shape(session: dict) -> Shape:
-        return Shape(*(session[name] for name in Shape._fields))
-
-    def launch(self, architecture: dict, tp_size: int, arms: dict, shapes: list, **options: Any) -> list[dict]:
-        self.asked.append((options["interconnect"], options["first_launch"], len(shapes)))
-        if options["interconnect"] in self.failing:
-            raise RankFailed("rank 1 of 2 died")
-        of = {"launches": 1, **{name: options[name] for name in ("interconnect", "new_tokens", "warmup")}}
-        self.timeouts.append(options["timeout_s"])
-        lengths = [shape.prompt_length for shape in shapes]
-        return [session | of for session in self.found if session["prompt_length"] in lengths]
-
-
-@pytest.fixture
-def launches(sessions: tuple[list[dict], list], monkeypatch: pytest.MonkeyPatch) -> Launches:
-    return Launches(sessions[0], monkeypatch)
-
-
-def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_else(
-    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    command = [str(tmp_path / "out"), "--models", "llama2_7b", "--shapes"]
-    launches.failing = {"lbw"}
-    with pytest.raises(SystemExit, match="1 launches failed"):
-        measure.main([*command, "2x32", "--launches", "1"])
-    assert "llama2_7b tp2 lbw, launch 0: rank 1 of 2 died" in capsys.readouterr().out
-    assert launches.asked == [("native", 0, 1), ("lbw", 0, 1)]
-    launches.failing = set()
-    measure.main([*command, "2x32", "1x150", "--launches", "2"])
-    # What a shape has too few of is added, and that alone.
-    assert launches.asked[2:] == [("native", 0, 1), ("lbw", 0, 2), ("native", 1, 2), ("lbw", 1, 2)]
-    # A launch that took 100 s of lbw is expected to take as long again.
-    file = tmp_path / "out/sessions.json"
-    found = json.loads(file.read_text())
-    found["llama2_7b tp2 lbw"]["took_s"] = 100
-    file.write_text(json.dumps(found))
-    measure.main([*command, "2x32", "--launches", "3", "--seconds", "60"])
-    assert launches.asked[6:] == [("native", 2, 1)]
-    assert "llama2_7b tp2 lbw, launch 2: not begun" in capsys.readouterr().out
-    assert launches.timeouts[-2] == 500
-    assert 50 < launches.timeouts[-1] <= 60
-    # One of a model that is new takes nobody knows how long, and over another interconnect as long as that.
-    new = [str(tmp_path / "out"), "--models", "llama2_13b", "--shapes", "2x32", "--launches", "1", "--interconnects"]
-    measure.main([*new, "native", "--seconds", "60"])
-    assert launches.asked[7:] == [("native", 0, 1)]
-    found = json.loads(file.read_text())
-    found["llama2_13b tp2 native"]["took_s"] = 100
-    file.write_text(json.dumps(found))
-    measure.main([*new, "lbw", "--seconds", "60"])
-    assert "llama2_13b tp2 lbw, launch 0: not begun" in capsys.readouterr().out
-    found.pop("llama2_13b tp2 native")
-    file.write_text(json.dumps(found))
-    measure.main([*command, "2x32", "--launches", "0"])
-    assert len(launches.asked) == 8
-    rows = pd.read_csv(tmp_path / "out/latency.csv", dtype={"arm": str})
-    assert len(rows) == 2 * 12
-    assert set(rows["launches"]) == {2, 3}
-    assert set(rows["gpu"]) == {"none"}
-    assert "| llama2_7b | 2 | lbw | 2 | decode at 64 |" in capsys.readouterr().out
-
-
-def test_a_measurement_ends_when_two_launches_fail_one_after_the_other(
-    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    launches.failing = {"native", "lbw"}
-    with pytest.raises(SystemExit, match="nothing was measured"):
-        measure.main([str(tmp_path / "out"), "--models", "llama2_7b", "--shapes", "2x32"])
-    assert launches.asked == [("native", 0, 1), ("lbw", 0, 1)]
-    assert "two failed one after the other" in capsys.readouterr().out
-
-
-def test_launches_of_different_gpus_are_not_put_together(
-    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    command = [str(tmp_path), "--models", "llama2_7b", "--interconnects", "native", "--shapes", "2x32", "--launches"]
-    measure.main([*command, "1"])
-    launches.here["date"] = "2026-11-28"
-    measure.main([*command, "2"])
-    launches.here["gpu"] = "another"
-    with pytest.raises(SystemExit, match="1 launches failed"):
-        measure.main([*command, "3"])
-    assert "has launches of it with gpu none, here another; take another folder" in capsys.readouterr().out
-    rows = pd.read_csv(tmp_path / "latency.csv")
-    assert set(rows["launches"]) == {2}
-    assert set(rows["date"]) == {"2026-11-27, 2026-11-28"}
-
-
-def test_launches_that_measure_otherwise_are_not_put_together(
-    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = [str(tmp_path), "--models", "llama2_7b", "--interconnects", "native", "--shapes", "2x32", "--launches"]
-    measure.main([*command, "1"])
-    for option, given in (("blocks_alone", ["--blocks-alone", "2x32"]), ("tp_plan", ["--tp-plan"])):
-        with pytest.raises(SystemExit, match="1 launches failed"):
-            measure.main([*command, "2", *given])
-        assert f"has launches of it with 2x32: {option} False, here True; take another" in capsys.readouterr().out
-    file = tmp_path / "sessions.json"
-    found = json.loads(file.read_text())
-    del found["llama2_7b tp2 native"]["sessions"]["2x32"]["long"]  # as an earlier version wrote it
-    (tmp_path / "earlier").mkdir()
-    (tmp_path / "earlier/sessions.json").write_text(json.dumps(found))
-    with pytest.raises(SystemExit, match="1 launches failed"):
-        measure.main([str(tmp_path / "earlier"), *command[1:], "2"])
-    assert "has launches of it with 2x32: long None, here False; take another" in capsys.readouterr().out
-    monkeypatch.setattr(measure, "NEW_TOKENS", 9)
-    with pytest.raises(SystemExit, match="1 launches failed"):
-        measure.main([*command, "2"])
-    assert "has launches of it with 2x32: new_tokens 4, here 9; take another folder" in capsys.readouterr().out
-    assert len(launches.asked) == 1
-
-
-def test_longer_shapes_of_large_models_are_repeated_half_as_often_and_left_out_where_they_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    for free, there in ((150, [20, 6, 10, 2]), (84, [20, 6, 10])):
-        has_memory(free * 10**9, monkeypatch)
-        found = measure.fitting(architecture("llama2_70b"), 2, list(measure.SHAPES))
-        assert [shape.repeats for shape in found.values()] == there
-        assert [name for name, shape in found.items() if shape.long] == ["16x2048"][: len(there) - 3]
-    assert "16x2048 does not fit: 8" in capsys.readouterr().out
-    found = measure.fitting(architecture("llama2_7b"), 2, list(measure.SHAPES))
-    assert found == measure.SHAPES
 
 
 def test_ranks_that_cannot_share_a_model_evenly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,8 @@ def add_launch(
     for shape in set(asked) & set(sessions):
         wanted = asked[shape]._asdict() | {"new_tokens": NEW_TOKENS, "warmup": WARMUP, "tp_plan": options.tp_plan}
         there = sessions[shape] | {"tp_plan": sessions[shape]["tp_plan"] is not None}
-        there_too = {name: there.get(name) for name in wanted}
-        differs += [(f"{shape}: {name}", was, wanted[name]) for name, was in there_too.items() if was != wanted[name]]
+        given = ((name, there.get(name), value) for name, value in wanted.items())
+        differs += [(f"{shape}: {name}", was, value) for name, was, value in given if was != value]
     if differs:
         said = ", ".join(f"{name} {there}, here {here}" for name, there, here in differs)
         raise UserError(f"{options.folder} has launches of it with {said}; take another folder")
