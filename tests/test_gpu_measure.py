@@ -145,3 +145,13 @@ def test_longer_shapes_of_large_models_are_repeated_half_as_often_and_left_out_w
     assert "16x2048 does not fit: 8" in capsys.readouterr().out
     found = measure.fitting(architecture("llama2_7b"), 2, list(measure.SHAPES))
     assert found == measure.SHAPES
+
+
+def test_tables_have_intervals_where_there_are_three_launches() -> None:
+    for launches, ms, saved, part in (
+        (1, "10.00 (2.00)", "10.0", "50"),
+        (3, "11.00 (2.20)", "10.0 (10.0 to 10.0)", "50 (50 to 50)"),
+    ):
+        rows = pd.DataFrame(measure.rows_of(invented_session(launches), 6, model="small"))
+        assert f"| small | 2 | native | 4 | prefill 128 | {ms} | {saved} |" in measure.table(rows)
+        assert f"| small | 2 | native | {part} | {part} |" in measure.reached(rows)

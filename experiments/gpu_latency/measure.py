@@ -117,33 +117,31 @@ def table(rows: pd.DataFrame) -> str:
         phase = phase_of(metric, prompt, at)
         cells = [f"{by_arm.loc[tp, 'median_ms']:.2f} ({by_arm.loc[tp, 'over_floor']:.2f})"]
         for arm in others:
-            if arm not in by_arm.index:
-                cells.append("")
-                continue
-            median, low, high = (by_arm.loc[arm, f"speedup_percent_{name}"] for name in ("median", "low", "high"))
-            cells.append(f"{median:.1f}" if pd.isna(low) else f"{median:.1f} ({low:.1f} to {high:.1f})")
+            saved = by_arm.reindex([arm])[[f"speedup_percent_{name}" for name in ("median", "low", "high")]]
+            cells.append(_with_interval(1, *saved.to_numpy(float)[0]))
         lines.append(f"| {model} | {tp_size} | {link} | {batch} | {phase} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def reached(rows: pd.DataFrame) -> str:
-    """Percent of what leaving out the attention all-reduces saves that dropping all blocks does, as Markdown."""
+    """Percent of what leaving out the attention all-reduces saves that dropping all blocks does, as Markdown; with
+    intervals over launches where there are three."""
     rows = rows[rows["drop"] == 1]
     shapes = rows[["metric", "prompt_length", "decode_at", "batch_size"]].itertuples(index=False, name=None)
-    rows = rows.assign(phase=[f"{phase_of(*of)}, {batch}" for *of, batch in shapes])
-    wide = rows.pivot_table(
-        index=["model", "tp_size", "interconnect"],
-        columns="phase",
-        values="fraction_of_ceiling_median",
-        aggfunc="first",
-        sort=False,
+    names = [f"fraction_of_ceiling_{name}" for name in ("median", "low", "high")]
+    cells = [_with_interval(0, *part) for part in (100 * rows[names]).itertuples(index=False, name=None)]
+    wide = rows.assign(phase=[f"{phase_of(*of)}, {batch}" for *of, batch in shapes], cell=cells).pivot_table(
+        index=["model", "tp_size", "interconnect"], columns="phase", values="cell", aggfunc="first", sort=False
     )
     heads = ["model", "tp", "interconnect", *wide.columns]
-    shown = [
-        f"| {' | '.join(map(str, of))} | {' | '.join('' if pd.isna(part) else f'{100 * part:.0f}' for part in parts)} |"
-        for of, parts in zip(wide.index, wide.to_numpy(), strict=True)
-    ]
+    shown = [f"| {' | '.join(map(str, row))} |" for row in wide.fillna("").reset_index().to_numpy()]
     return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *shown])
+
+
+def _with_interval(digits: int, median: float, low: float, high: float) -> str:
+    if pd.isna(median):
+        return ""
+    return f"{median:.{digits}f}" if pd.isna(low) else f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def phase_of(metric: str, prompt_length: int, decode_at: float) -> str:
@@ -309,8 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
         for entry in found.values()
         for session in entry["sessions"].values()
         for row in rows_of(session, entry["blocks"], **entry["here"], model=entry["model"])
-    ])  # fmt: skip
-    rows.round(4).to_csv(options.folder / "latency.csv", index=False)
+    ]).round(4)  # fmt: skip
+    rows.to_csv(options.folder / "latency.csv", index=False)
     print(table(rows), reached(rows), sep="\n\n")
     if failures:
         raise SystemExit(f"{failures} launches failed")
