@@ -156,12 +156,18 @@ def test_an_evaluations_throughput_is_its_record_and_what_was_asked() -> None:
 GPUS = EXPERIMENTS / "gpu_latency"
 
 
+def gpu_readme() -> str:
+    """Its prose without its line breaks, and its tables with them."""
+    readme = (GPUS / "README.md").read_text()
+    return readme + " ".join(readme.split())
+
+
 def gpu_record(name: str) -> pd.DataFrame:
     return pd.read_csv(GPUS / f"{name}.csv", dtype={"arm": str})
 
 
 def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
-    readme, latest = (GPUS / "README.md").read_text(), gpu_record("h200x2/latency")
+    readme, latest = gpu_readme(), gpu_record("h200x2/latency")
     assert measure.table(latest) in readme
     assert measure.reached(latest) in readme
     assert probe.table(gpu_record("h200x2/all_reduce")) in readme
@@ -206,7 +212,7 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
 
 
 def test_four_gpus_take_what_the_readme_says() -> None:
-    readme, rows = (GPUS / "README.md").read_text(), gpu_record("h100x4/latency")
+    readme, rows = gpu_readme(), gpu_record("h100x4/latency")
     assert measure.table(rows) in readme
     assert measure.reached(rows) in readme
     assert set(rows["gpu"]) == {"NVIDIA H100 80GB HBM3"}
@@ -254,7 +260,7 @@ def test_gpus_were_at_their_power_limit_as_often_as_the_readme_says() -> None:
     samples = gpu_record("h200x2/power").query("model == 'llama2_70b'")
     busy = samples[samples["watts"] > 300].groupby("interconnect")
     capped, mhz = 100 * busy["power_capped"].mean(), busy["sm_mhz"].median()
-    readme = " ".join((GPUS / "README.md").read_text().split())
+    readme = gpu_readme()
     assert f"{capped['native']:.0f} % with direct links" in readme
     assert f"median of {mhz['native']:.0f} MHz" in readme
     assert f"without links {capped['lbw']:.0f} %, at {mhz['lbw']:.0f} MHz" in readme
