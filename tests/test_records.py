@@ -264,3 +264,5 @@ def test_gpus_were_at_their_power_limit_as_often_as_the_readme_says() -> None:
     assert f"{capped['native']:.0f} % with direct links" in readme
     assert f"median of {mhz['native']:.0f} MHz" in readme
     assert f"without links {capped['lbw']:.0f} %, at {mhz['lbw']:.0f} MHz" in readme
+    four = gpu_record("h100x4/power").query("watts > 300 and interconnect == 'native'")
+    assert f"{100 * four['power_capped'].mean():.0f} % of the samples above 300 W" in readme
