@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.gpu_latency import probe
+from experiments.gpu_latency import figure7, probe
 from experiments.gpu_latency.draw import CEILING, draw_speedups, draw_timelines, kind_of
 from experiments.gpu_latency.measure import arms_of, column
 
@@ -47,6 +47,19 @@ def invented_timeline() -> dict:
 def test_every_model_phase_and_interconnect_is_drawn(tmp_path: Path) -> None:
     draw_speedups(invented_rows(), tmp_path / "speedup.png")
     assert (tmp_path / "speedup.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("models", [1, 3, 5])
+def test_figure_7_has_a_panel_for_each_model(models: int, tmp_path: Path) -> None:
+    rows = invented_rows().assign(gpu="NVIDIA H100 80GB HBM3")
+    more = [rows[rows["model"] == "llama2_70b"].assign(model=f"model{i}") for i in range(models - 1)]
+    figure = figure7.draw(pd.concat([rows[rows["model"] == "llama2_70b"], *more]), tmp_path / "figure7.png")
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["llama2_70b", *(f"model{i}" for i in range(models - 1))]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:4] == [f"tp {size}, {link}, H100" for size in (2, 4) for link in ("lbw", "native")]
+    assert "published: tp 8, lbw, A100" in labels
+    assert (tmp_path / "figure7.png").stat().st_size > 15_000
 
 
 def test_blocks_are_drawn_kernel_by_kernel(tmp_path: Path) -> None:

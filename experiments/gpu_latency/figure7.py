@@ -1,0 +1,72 @@
+"""The latency axis of the paper's figure 7, from every latency.csv here: python -m experiments.gpu_latency.figure7
+
+The paper's definition: time to the first token, batch 1, 128 prompt tokens. A panel a model, a line a tp size and
+interconnect; what was published stands beside it. Its other axis is the accuracy of `python run.py`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.gpu_latency.measure import ARMS
+from spd.figures import COLOURS, MARKERS
+
+HERE = Path(__file__).parent
+LINKS = {"native": "-", "lbw": "--", "socket": ":"}
+PUBLISHED = {"llama2_70b": (70, 19.7, "published: tp 8, lbw, A100")}
+"""Model -> percent of blocks dropped, percent saved, and where (Kim et al., ICML 2025)."""
+
+
+def draw(rows: pd.DataFrame, path: Path) -> Figure:
+    """Percent of the time to the first token saved by fraction of blocks dropped, and at most (right edge)."""
+    rows = rows[(rows["metric"] == "ttft_ms") & (rows["batch_size"] == 1) & (rows["prompt_length"] == 128)]
+    models, sizes = list(rows["model"].unique()), sorted(rows["tp_size"].unique())
+    across = min(4, len(models))
+    figure = Figure(figsize=(3.1 * across, 2.9 * math.ceil(len(models) / across) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(math.ceil(len(models) / across), across, squeeze=False, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
+    for axes, model in zip(panels.flat, models, strict=False):
+        for (size, link, gpu), line in rows[rows["model"] == model].groupby(["tp_size", "interconnect", "gpu"]):
+            arms = line[line["drop"].notna()].sort_values("drop")
+            saved, place = arms["speedup_percent_median"], sizes.index(size)
+            spread = [(saved - arms["speedup_percent_low"]).fillna(0), (arms["speedup_percent_high"] - saved).fillna(0)]
+            style: dict[str, Any] = {"color": COLOURS[place], "linestyle": LINKS[link], "linewidth": 1.4}
+            label = f"tp {size}, {link}, {gpu.removeprefix('NVIDIA ').split()[0]}"
+            handles[label] = axes.errorbar(
+                100 * arms["drop"], saved, yerr=spread, capsize=2, marker=MARKERS[place], markersize=4, **style
+            )
+            for most in line.loc[line["arm"] == ARMS["no_attention_all_reduce"], "speedup_percent_median"]:
+                axes.plot([101, 106], [most, most], color=COLOURS[place], linewidth=2.5, solid_capstyle="butt")
+        if model in PUBLISHED:
+            dropped, saved_there, where = PUBLISHED[model]
+            handles[where] = axes.scatter(dropped, saved_there, marker="*", s=90, color="black", zorder=3)
+        axes.set_title(model, fontsize=10)
+        axes.axhline(0, color="#555555", linewidth=0.8)
+        axes.grid(color="#e5e5e5")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(models) :]:
+        axes.set_visible(False)
+    for axes in panels.flat[max(0, len(models) - across) : len(models)]:  # the lowest of each column
+        axes.set_xlabel("blocks dropped, %")
+        axes.tick_params(labelbottom=True)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("time to first token saved, %")
+    handles["at most: " + ARMS["no_attention_all_reduce"]] = Line2D([], [], color="#555555", linewidth=2.5)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+    return figure
+
+
+def read() -> pd.DataFrame:
+    """The rows of every machine."""
+    return pd.concat([pd.read_csv(file, dtype={"arm": str}) for file in sorted(HERE.glob("*/latency.csv"))])
+
+
+if __name__ == "__main__":
+    draw(read(), HERE / "figure7.png")
