@@ -122,26 +122,11 @@ def test_of_long_forwards_nothing_and_everything_dropped_is_profiled_alone(sessi
     assert long == {"0", "3"}
 
 
-@pytest.mark.parametrize(
-    ("long", "short_ms", "forwards"),
-    [
-        pytest.param(False, 1e6, 1 + 2 * (1 + 2), id="short"),
-        pytest.param(False, 0, 1 + 1 + 2, id="not short"),
-        pytest.param(True, 1e6, 2, id="long"),
-    ],
-)
-def test_a_forward_that_is_not_timed_precedes_each_short_one(
-    long: bool, short_ms: float, forwards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # One rank in this process. The first tells how long a forward takes; then a round of warm-up and two repeats.
+def measure_one_rank(shape: Shape, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU and in this process."""
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(rank, "SHORT_MS", short_ms)
-    ran = []
-    prefill = GraphModel.prefill
-    monkeypatch.setattr(GraphModel, "prefill", lambda model, arm: ran.append(arm) or prefill(model, arm))
-    start = partial(dist.init_process_group, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    start = partial(dist.init_process_group, init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     monkeypatch.setattr(dist, "init_process_group", start)
-    shape = Shape(1, 8, decode_at=None, repeats=2, long=long)
     try:
         rank.measure_rank(
             SETTINGS | {
@@ -153,7 +138,40 @@ def test_a_forward_that_is_not_timed_precedes_each_short_one(
         )  # fmt: skip
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("long", "short_ms", "forwards"),
+    [
+        pytest.param(False, 1e6, 1 + 2 * (1 + 2), id="short"),
+        pytest.param(False, 0, 1 + 1 + 2, id="not short"),
+        pytest.param(True, 1e6, 2, id="long"),
+    ],
+)
+def test_a_forward_that_is_not_timed_precedes_each_short_one(
+    long: bool, short_ms: float, forwards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first tells how long a forward takes; then a round of warm-up and two repeats.
+    monkeypatch.setattr(rank, "SHORT_MS", short_ms)
+    ran = []
+    prefill = GraphModel.prefill
+    monkeypatch.setattr(GraphModel, "prefill", lambda model, arm: ran.append(arm) or prefill(model, arm))
+    measure_one_rank(Shape(1, 8, decode_at=None, repeats=2, long=long), tmp_path, monkeypatch)
     assert len(ran) == forwards
+
+
+def test_running_out_of_memory_says_how_much_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 344.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 1.2 GiB"
+        )
+
+    monkeypatch.setattr(GraphModel, "prefill", full)
+    said = (
+        r"^rank 0 of 1 ran out of memory on cpu, .* free: CUDA out of memory\. Tried to allocate 344.00 MiB\. By what"
+    )
+    with pytest.raises(UserError, match=said):
+        measure_one_rank(SHAPE, tmp_path, monkeypatch)
 
 
 def test_rows_of_a_session_are_its_arms_ceilings_and_phases(sessions: tuple[list[dict], list]) -> None:

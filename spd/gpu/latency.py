@@ -20,7 +20,7 @@ CEILINGS: dict[str, dict[str, Any]] = {
     "no_attention_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False}},
     "no_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False, "mlp_all_reduce": False}},
 }
-"""Arms that are not models one can use: what dropping sync points could save at most, and what communication costs."""
+"""Arms that are not models one can use: what the sync points that can be dropped cost, and what communication costs."""
 
 BLOCKS = ("ttft_blocks_ms", "tpot_blocks_ms")
 """`METRICS` of the decoder blocks alone, without embedding, head and choice."""

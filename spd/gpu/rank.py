@@ -118,9 +118,10 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             found[place]["seconds"] = {name: round(taken, 1) for name, taken in whole.items()}
         return {"shapes": found}
     except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2])  # that, and how much was asked for
         raise UserError(
             f"rank {rank} of {tp_size} ran out of memory on {device}, of which {free / 1e9:.1f} GB were free: "
-            f"{str(error).split('. ')[0]}. By what is known beforehand, {what_fits(free, **of(place))}."
+            f"{said}. By what is known beforehand, {what_fits(free, **of(place))}."
         ) from error
 
 
