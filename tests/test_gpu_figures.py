@@ -62,6 +62,17 @@ def test_figure_7_has_a_panel_for_each_model(models: int, tmp_path: Path) -> Non
     assert (tmp_path / "figure7.png").stat().st_size > 15_000
 
 
+def test_a_measurement_that_two_folders_have_is_not_drawn_as_one_line(tmp_path: Path) -> None:
+    rows = invented_rows().assign(gpu="none")
+    for folder, some in (("a", rows), ("b", rows[rows["model"] == "opt_66b"]), ("c", rows.assign(gpu="another"))):
+        (tmp_path / folder).mkdir()
+        some.to_csv(tmp_path / folder / "latency.csv", index=False)
+    with pytest.raises(SystemExit, match=r"opt_66b: in two folders of .*; keep one of them"):
+        figure7.read(tmp_path)
+    (tmp_path / "b/latency.csv").unlink()
+    assert len(figure7.read(tmp_path)) == 2 * len(rows)
+
+
 def test_blocks_are_drawn_kernel_by_kernel(tmp_path: Path) -> None:
     of = {"model": "llama2_7b", "tp_size": 2, "interconnect": "lbw", "batch_size": 1, "prompt_length": 128}
     sessions = [of | {"decode_at": 256, "timeline": [{"ttft_ms": invented_timeline(), "tpot_ms": invented_timeline()}]}]

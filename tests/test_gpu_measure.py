@@ -6,9 +6,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from gpu_settings import architecture, has_memory, invented_session
 
 from experiments.gpu_latency import measure
+from spd.errors import UserError
 from spd.gpu.latency import Shape
 from spd.launch import RankFailed
 
@@ -54,11 +56,17 @@ def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_el
     measure.main([*command, "2x32", "1x150", "--launches", "2"])
     # What a shape has too few of is added, and that alone.
     assert launches.asked[2:] == [("native", 0, 1), ("lbw", 0, 2), ("native", 1, 2), ("lbw", 1, 2)]
-    # A launch that took 100 s of lbw is expected to take as long again.
+    # A launch that took 100 s of lbw is expected to take as long again; what all shapes share was done once.
     file = tmp_path / "out/sessions.json"
-    found = json.loads(file.read_text())
-    found["llama2_7b tp2 lbw"]["took_s"] = 100
-    file.write_text(json.dumps(found))
+
+    def took(key: str, start: float, each: float) -> None:
+        found = json.loads(file.read_text())
+        for session in found[key]["sessions"].values():
+            session["seconds"][-1] = {"start": start, "capture": each / 2, "time": each / 2}
+        file.write_text(json.dumps(found))
+
+    took("llama2_7b tp2 native", 28, 15)
+    took("llama2_7b tp2 lbw", 40, 30)
     measure.main([*command, "2x32", "--launches", "3", "--seconds", "60"])
     assert launches.asked[6:] == [("native", 2, 1)]
     assert "llama2_7b tp2 lbw, launch 2: not begun" in capsys.readouterr().out
@@ -68,11 +76,10 @@ def test_a_measurement_goes_on_where_it_was_and_a_failed_launch_loses_nothing_el
     new = [str(tmp_path / "out"), "--models", "llama2_13b", "--shapes", "2x32", "--launches", "1", "--interconnects"]
     measure.main([*new, "native", "--seconds", "60"])
     assert launches.asked[7:] == [("native", 0, 1)]
-    found = json.loads(file.read_text())
-    found["llama2_13b tp2 native"]["took_s"] = 100
-    file.write_text(json.dumps(found))
+    took("llama2_13b tp2 native", 20, 80)
     measure.main([*new, "lbw", "--seconds", "60"])
     assert "llama2_13b tp2 lbw, launch 0: not begun" in capsys.readouterr().out
+    found = json.loads(file.read_text())
     found.pop("llama2_13b tp2 native")
     file.write_text(json.dumps(found))
     measure.main([*command, "2x32", "--launches", "0"])
@@ -92,6 +99,31 @@ def test_a_measurement_ends_when_two_launches_fail_one_after_the_other(
         measure.main([str(tmp_path / "out"), "--models", "llama2_7b", "--shapes", "2x32"])
     assert launches.asked == [("native", 0, 1), ("lbw", 0, 1)]
     assert "two failed one after the other" in capsys.readouterr().out
+
+
+def test_what_is_refused_does_not_end_a_measurement(
+    launches: Launches, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(model: dict, *given: Any, **options: Any) -> list[dict]:
+        if model["model_type"] == "qwen2":
+            raise UserError("tp_size 8 does not divide 28 heads")
+        return launches.launch(model, *given, **options)
+
+    monkeypatch.setattr(measure, "measure_gpu_latency", launch)
+    models = ["--models", "llama2_7b", "qwen2.5_7b", "opt_6.7b", "--shapes", "2x32", "--launches", "2"]
+    with pytest.raises(SystemExit, match="2 launches failed"):
+        measure.main([str(tmp_path / "out"), *models])
+    assert "qwen2.5_7b tp2 lbw, launch 0: tp_size 8 does not divide 28 heads" in capsys.readouterr().out
+    assert len(launches.asked) == 2 * 2 * 2
+
+
+def test_a_machine_without_gpus_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="needs a GPU for each"):
+        measure.main([str(tmp_path / "out"), "--launches", "1"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_launches_of_different_gpus_are_not_put_together(
@@ -155,3 +187,19 @@ def test_tables_have_intervals_where_there_are_three_launches() -> None:
         rows = pd.DataFrame(measure.rows_of(invented_session(launches), 6, model="small"))
         assert f"| small | 2 | native | 4 | prefill 128 | {ms} | {saved} |" in measure.table(rows)
         assert f"| small | 2 | native | {part} | {part} |" in measure.reached(rows)
+
+
+def test_rows_name_every_all_reduce_that_was_chosen_and_what_their_intervals_are_worth() -> None:
+    session, us = invented_session(3), {"one_shot": 7.0, "two_shot": 8.0}
+    session["peak_memory_gb"] = [7.0, 7.5, 8.0]
+    session["all_reduce"] = [
+        {"tpot_ms": {"kind": kind, "us": us, "fell_back": {"nccl": "why"}}}
+        for kind in ("one_shot", "two_shot", "two_shot")
+    ]
+    rows = pd.DataFrame(measure.rows_of(session, 6, model="small"))
+    decode, prefill = (rows[rows["metric"] == metric].iloc[0] for metric in ("tpot_ms", "ttft_ms"))
+    assert (decode["all_reduce"], decode["all_reduce_us"]) == ("one_shot, two_shot", 8)
+    assert json.loads(decode["fell_back"]) == {"nccl": "why"}
+    assert pd.isna(prefill["all_reduce"])
+    assert [decode[f"peak_memory_gb_{name}"] for name in ("low", "median", "high")] == [7, 7.5, 8]
+    assert decode["confidence"] == 0.75

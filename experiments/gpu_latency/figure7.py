@@ -23,7 +23,7 @@ PUBLISHED = {"llama2_70b": (70, 19.7, "published: tp 8, lbw, A100")}
 
 
 def draw(rows: pd.DataFrame, path: Path) -> Figure:
-    """Percent of the time to the first token saved by fraction of blocks dropped, and at most (right edge)."""
+    """Percent of the time to the first token saved by fraction of blocks dropped; at the right edge the ceiling."""
     rows = rows[(rows["metric"] == "ttft_ms") & (rows["batch_size"] == 1) & (rows["prompt_length"] == 128)]
     models, sizes = list(rows["model"].unique()), sorted(rows["tp_size"].unique())
     across = min(4, len(models))
@@ -57,16 +57,24 @@ def draw(rows: pd.DataFrame, path: Path) -> Figure:
         axes.tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("time to first token saved, %")
-    handles["at most: " + ARMS["no_attention_all_reduce"]] = Line2D([], [], color="#555555", linewidth=2.5)
+    handles["ceiling: " + ARMS["no_attention_all_reduce"]] = Line2D([], [], color="#555555", linewidth=2.5)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     return figure
 
 
-def read() -> pd.DataFrame:
-    """The rows of every machine."""
-    return pd.concat([pd.read_csv(file, dtype={"arm": str}) for file in sorted(HERE.glob("*/latency.csv"))])
+def read(folder: Path) -> pd.DataFrame:
+    """The rows of every machine.
+
+    Raises:
+        SystemExit: two folders have the same measurement.
+    """
+    rows = pd.concat([pd.read_csv(file, dtype={"arm": str}) for file in sorted(folder.glob("*/latency.csv"))])
+    keys = ["model", "gpu", "tp_size", "interconnect", "batch_size", "prompt_length", "metric", "arm"]
+    if len(twice := rows[rows.duplicated(keys)]):
+        raise SystemExit(f"{', '.join(twice['model'].unique())}: in two folders of {folder}; keep one of them.")
+    return rows
 
 
 if __name__ == "__main__":
-    draw(read(), HERE / "figure7.png")
+    draw(read(HERE), HERE / "figure7.png")

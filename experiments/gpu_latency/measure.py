@@ -14,10 +14,12 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -30,7 +32,7 @@ from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.gpu.latency import Shape, measure_gpu_latency, merged, summarise
+from spd.gpu.latency import Shape, check_gpus, measure_gpu_latency, merged, summarise
 from spd.gpu.memory import needed
 from spd.launch import RankFailed
 
@@ -46,6 +48,8 @@ LARGE = 2 * 10**10
 """Bytes of a rank's weights from which on shapes but 1 x 128 are repeated half as often, and 16 x 2048 tokens are
 `Shape.long`."""
 NEW_TOKENS = 4
+ONCE = ("start", "links", "build")
+"""What a launch does once for all of its shapes."""
 WARMUP = 1
 """Rounds of all arms. In the first a GPU is cool, and until it runs into its power limit up to 10 % quicker."""
 PHASES = {"ttft_ms": "prefill", "tpot_ms": "decode"}
@@ -59,19 +63,23 @@ def arms_of(blocks: int) -> dict[str, list[int]]:
 
 
 def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[str, Any]]:
-    """A row for every phase and arm of a session of a model of so many blocks, `of_all` in front of each."""
+    """A row for every phase and arm of a session of a model of so many blocks, `of_all` in front of each.
+
+    "confidence" is of every interval "low" to "high"; "all_reduce" names all that were chosen, where launches differ.
+    """
     rows = []
     of_session = ("tp_size", "interconnect", "batch_size", "prompt_length", "decode_at", "launches", "repeats")
     of_all = of_all | {name: session[name] for name in of_session}
     for metric, arm in itertools.product(session["metrics"], [*session["arms"], *session["ceilings"]]):
         found = summarise(session, arm)
         faster, shares = found[metric.replace("_ms", "_speedup_percent")], found["communication"][metric]["after"] or {}
-        chosen, link = (found["all_reduce"] or {}).get(metric) or {}, found["link"] or {}
+        chosen, link = [of[metric] for of in session["all_reduce"] if of and metric in of], found["link"] or {}
         alone = (found["blocks_ms"] or {}).get(metric, {})
         ceiling = found["fraction_of_ceiling"][metric] or {}
         tokens = (found["tokens_per_s"] or {}) if metric == "tpot_ms" else {}
         rows.append({
             **of_all,
+            "confidence": found["confidence"],
             "metric": metric,
             "arm": ARMS.get(arm, arm),
             "drop": round(int(arm) / blocks, 4) if arm.isdigit() else None,
@@ -87,12 +95,12 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             "communication_share": shares.get("share"),
             "communication_overlap": shares.get("overlap"),
             "kernels": json.dumps([launch[PHASES[metric]] for launch in session["kernels"]]),
-            "all_reduce": chosen.get("kind"),
-            "all_reduce_us": chosen["us"][chosen["kind"]] if chosen else None,
-            "fell_back": json.dumps(chosen.get("fell_back", {})),
+            "all_reduce": ", ".join(dict.fromkeys(of["kind"] for of in chosen)) or None,
+            "all_reduce_us": median(of["us"][of["kind"]] for of in chosen) if chosen else None,
+            "fell_back": json.dumps({kind: why for of in chosen for kind, why in of["fell_back"].items()}),
             "link_small_message_us": link.get("small_message_us"),
             "link_bandwidth_gb_per_s": link.get("bandwidth_gb_per_s"),
-            "peak_memory_gb": found["peak_memory_gb"]["median"],
+            **{f"peak_memory_gb_{name}": value for name, value in found["peak_memory_gb"].items()},
         })  # fmt: skip
     if session["tp_plan"] is not None:
         theirs = summarise(session, "0")["tp_plan"]
@@ -195,7 +203,6 @@ def add_launch(
     if differs:
         said = ", ".join(f"{name} {there}, here {here}" for name, there, here in differs)
         raise UserError(f"{options.folder} has launches of it with {said}; take another folder")
-    began = time.monotonic()
     found = measure_gpu_latency(
         architecture_of(entry["model"]),
         options.tp_size,
@@ -214,7 +221,6 @@ def add_launch(
     )
     for name, session in zip(asked, found, strict=True):
         sessions[name] = merged(sessions[name], session) if name in sessions else session
-    entry["took_s"] = round(time.monotonic() - began)
     dates = {now["date"], *before.get("date", now["date"]).split(", ")}
     entry["here"] = now | {"date": ", ".join(sorted(dates))}
 
@@ -231,6 +237,15 @@ def done(entry: dict[str, Any], shape: str) -> int:
     return launches
 
 
+def seconds_of(entry: dict[str, Any], shapes: dict[str, Shape]) -> float | None:
+    """How long a launch of some shapes should take, by the last one of each; None where there was none."""
+    if not set(shapes) <= set(entry["sessions"]):
+        return None
+    last = [entry["sessions"][name]["seconds"][-1] for name in shapes]
+    once = max(sum(of.get(step, 0) for step in ONCE) for of in last)
+    return once + sum(taken for of in last for step, taken in of.items() if step not in ONCE)
+
+
 def here() -> dict[str, Any]:
     """What this machine measures with; "engine" is a digest of `spd/gpu`."""
     sources = b"".join(path.read_bytes() for path in sorted((ROOT / "spd/gpu").glob("*.py")))
@@ -243,6 +258,7 @@ def here() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[attr-defined]
+        "nccl_nvls": os.environ.get("NCCL_NVLS_ENABLE", "by default"),
         "cudnn": torch.backends.cudnn.version(),
         "triton": version("triton"),
         "engine": hashlib.sha256(sources).hexdigest()[:8],
@@ -268,35 +284,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=500, help="seconds that one launch may take")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no launch that would end later")
     options = parser.parse_args(arguments)
+    if options.launches:
+        check_gpus(options.tp_size)
     options.folder.mkdir(parents=True, exist_ok=True)
     file, began, failed, failures = options.folder / "sessions.json", time.monotonic(), 0, 0
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for launch, name, link in itertools.product(range(options.launches), options.models, options.interconnects):
         key = f"{name} tp{options.tp_size} {link}"
-        new = {"model": name, "here": None, "sessions": {}, "took_s": None}
-        entry = found.get(key, new | {"blocks": architecture_of(name)["num_hidden_layers"]})
+        new = {"model": name, "here": None, "sessions": {}, "blocks": architecture_of(name)["num_hidden_layers"]}
+        entry = found.get(key, new)
         missing = [shape for shape in options.shapes if done(entry, shape) == launch]
         if not missing or not (shapes := fitting(architecture_of(name), options.tp_size, missing)):
             continue
         left = options.seconds - (time.monotonic() - began)
-        # As long as its last launch, or the model's over another interconnect.
         like = [entry, *(other for other in found.values() if other["model"] == name)]
-        expected = next((other["took_s"] for other in like if other["took_s"] is not None), 0)
-        if expected > left:
+        if next(filter(None, (seconds_of(other, shapes) for other in like)), 0) > left:
             print(f"{key}, launch {launch}: not begun, it would end after {options.seconds:g} s", flush=True)
             continue
         try:
             add_launch(entry, launch, shapes, link, options, min(options.timeout, left))
         except (UserError, RankFailed) as error:  # what was measured before is not lost with it
             print(f"{key}, launch {launch}: {error}", flush=True)
-            failed, failures = failed + 1, failures + 1
+            # What is refused costs no time and says nothing of the next.
+            failed, failures = failed + isinstance(error, RankFailed), failures + 1
             if failed == 2:
                 print("two failed one after the other: no more are begun", flush=True)
                 break
             continue
         failed, found[key] = 0, entry
         took = {shape: entry["sessions"][shape]["seconds"][-1] for shape in shapes}
-        print(f"{key}, launch {launch}: {entry['took_s']} s, of them {took}", flush=True)
+        print(f"{key}, launch {launch}: {time.monotonic() - began:.0f} s until here, of them {took}", flush=True)
         draft = file.with_suffix(".draft")
         draft.write_text(json.dumps(found))
         draft.replace(file)
@@ -315,4 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from error

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.gpu_latency.measure import here
+from spd.errors import UserError
 from spd.figures import COLOURS, MARKERS
 from spd.gpu import all_reduce
 from spd.gpu.interconnect import ENVIRONMENT
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None, devices: list[str] | None = None, s
     parser.add_argument("--tp-size", type=int, default=2)
     parser.add_argument("--interconnects", nargs="+", default=list(ENVIRONMENT), choices=list(ENVIRONMENT))
     parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds that one launch may take")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds that one launch may take")
     options = parser.parse_args(arguments)
     if devices is None:
         check_gpus(options.tp_size)
@@ -151,4 +152,7 @@ def main(arguments: list[str] | None = None, devices: list[str] | None = None, s
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from error
