@@ -14,8 +14,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spd.config import RunConfig, Weights, need_path
+from spd.config import RunConfig, Weights
 from spd.errors import UserError
+from spd.paths import need_path
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 

@@ -10,13 +10,14 @@ from transformers import PretrainedConfig
 
 from spd import checkpoint
 from spd.checkpoint import Checkpoint, read_architecture, read_config, read_tokenizer
-from spd.config import Device, LatencyKind, RunConfig, Strategy, Weights, find_path, need_path
+from spd.config import Device, LatencyKind, RunConfig, Strategy, Weights
 from spd.data import draw_samples, read_documents, tokenize
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu.latency import check_gpus
 from spd.hub import read_text
 from spd.launch import check_port
+from spd.paths import find_path, need_path
 from spd.plan import PLAN_FILE, DropPlan
 from spd.results import digest, file_digest, texts_digest
 from spd.sharding import check_tp_size

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from spd import __version__
-from spd.config import ROOT
+from spd.paths import ROOT
 
 if TYPE_CHECKING:
     import pandas as pd

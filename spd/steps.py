@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spd import checkpoint
-from spd.config import LatencyKind, RunConfig, find_path, to_dict
+from spd.config import LatencyKind, RunConfig, to_dict
 from spd.families import family_of
 from spd.gpu.latency import check_gpus
 from spd.gpu.step import gpu_latency
@@ -20,6 +20,7 @@ from spd.inputs import file_digests, optional_path, samples_of
 from spd.latency import measure_latency, summarise
 from spd.loading import load
 from spd.model import TensorParallelLM
+from spd.paths import find_path
 from spd.perplexity import perplexity
 from spd.plan import DropPlan, ModelIdentity, make_plan
 from spd.progress import Display

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from spd.checkpoint import Checkpoint, read_config
-from spd.config import ROOT
 from spd.families import family_of
 from spd.gpu.model import Arm, GraphModel
+from spd.paths import ROOT
 
 FAMILIES = [ROOT / "experiments/reference/models" / name for name in ("ref_llama", "ref_opt", "ref_qwen2")]
 PROMPT, NEW = 20, 12

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from spd.config import ROOT
 from spd.gpu.latency import CEILINGS, Shape
+from spd.paths import ROOT
 
 REFERENCE = ROOT / "experiments/reference/models/ref_llama"
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")

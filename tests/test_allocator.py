@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spd.config import ROOT
+from spd.paths import ROOT
 
 FORWARDS = """
 import resource, sys, torch, spd, spd.loading

@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from spd.compose import HydraError, explain, from_hydra
-from spd.config import ROOT, RunConfig, dump_yaml, find_path, to_dict
+from spd.config import RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
+from spd.paths import ROOT, find_path
 
 CONF = ROOT / "conf"
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 import spd
-from spd.config import ROOT
 from spd.harness import SpdLM
 from spd.launch import run_ranks
+from spd.paths import ROOT
 from spd.tasks import task_manager
 
 CONTEXT = 256

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import spd
 from spd import inputs, point, steps
-from spd.config import ROOT, RunConfig
+from spd.config import RunConfig
 from spd.errors import UserError
 from spd.evaluation import evaluate
 from spd.harness import SpdLM
 from spd.hub import read_text
+from spd.paths import ROOT
 from spd.perplexity import perplexity
 from spd.progress import Display
 from spd.steps import Steps

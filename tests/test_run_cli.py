@@ -18,7 +18,7 @@ from hydra.types import RunMode
 
 import run
 from spd.compose import from_hydra
-from spd.config import ROOT
+from spd.paths import ROOT
 from spd.sweep import Sweep
 
 PATIENCE_S = 240

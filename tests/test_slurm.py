@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import WORDS
 
-from spd.config import ROOT
+from spd.paths import ROOT
 
 
 def _slurm_answers() -> bool:

@@ -17,8 +17,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from spd import figures, tracking
-from spd.config import ROOT, to_dict
+from spd.config import to_dict
 from spd.errors import UserError
+from spd.paths import ROOT
 from spd.point import failed_record
 from spd.results import Record, Results
 from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, lone_sessions, position, print_table

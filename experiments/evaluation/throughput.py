@@ -25,9 +25,9 @@ from lm_eval.models.huggingface import HFLM
 
 import spd
 from experiments.reference.write import HERE as REFERENCE
-from spd.config import ROOT
 from spd.harness import SpdLM
 from spd.launch import Progress, run_ranks
+from spd.paths import ROOT
 from spd.results import environment
 from spd.tasks import task_manager
 

@@ -28,13 +28,13 @@ import transformers
 import yaml
 
 from spd.checkpoint import read_architecture
-from spd.config import ROOT
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.latency import Shape, check_gpus, measure_gpu_latency, merged, summarise
 from spd.gpu.memory import needed
 from spd.launch import RankFailed
+from spd.paths import ROOT
 
 DROPS = (0.0, 0.25, 0.5, 0.7, 1.0)
 SHAPES = {

@@ -29,8 +29,9 @@ from torch.nn import functional as F
 import spd
 from experiments.reference.train import MODELS
 from experiments.reference.write import HERE as REFERENCE
-from spd.config import ROOT, DistillationConfig, Strategy
+from spd.config import DistillationConfig, Strategy
 from spd.model import TensorParallelLM
+from spd.paths import ROOT
 from spd.strategies.block_cache import BlockCache
 
 STRATEGIES = [strategy.name for strategy in Strategy]
