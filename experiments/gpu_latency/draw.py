@@ -24,7 +24,7 @@ KINDS = {"all-reduce": COLOURS[1], "matrix product": COLOURS[0], "attention": CO
 
 
 def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
-    """A column a phase, a row a tp size and interconnect; lines are models, each with its ceiling, dashed."""
+    """A column a phase, a row a tp size and interconnect; lines are models, each with its ceiling."""
     rows = rows.fillna({"decode_at": 0})
     phases = rows[["metric", "batch_size", "prompt_length", "decode_at"]].drop_duplicates()
     links = list(rows[["tp_size", "interconnect"]].drop_duplicates().itertuples(index=False, name=None))
@@ -37,10 +37,8 @@ def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
         for row, (tp_size, link) in enumerate(links):
             axes, of_row = panels[row, column], (of_phase["tp_size"] == tp_size) & (of_phase["interconnect"] == link)
             for k, model in enumerate(models):
-                _line(axes, of_phase[of_row & (of_phase["model"] == model)], model, k)
-            axes.axhline(0, color="#555555", linewidth=0.8)
-            axes.grid(color="#e5e5e5")
-            axes.spines[["top", "right"]].set_visible(False)
+                draw_saved(axes, of_phase[of_row & (of_phase["model"] == model)], k, model)
+            panel(axes)
             if row == 0:
                 axes.set_title(_phase(phase), fontsize=10)
             if column == 0:
@@ -48,8 +46,13 @@ def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
             if row == len(links) - 1:
                 axes.set_xlabel("blocks dropped, %")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color="#555555", linestyle="--", linewidth=1))
-    figure.legend(handles, [*labels, CEILING], loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(
+        [*handles, Line2D([], [], color="#555555", linewidth=2.5)],
+        [*labels, CEILING],
+        loc="outside lower center",
+        ncols=len(handles) + 1,
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -57,19 +60,25 @@ def _phase(phase: Any) -> str:
     return f"{phase_of(phase.metric, phase.prompt_length, phase.decode_at)}, batch {phase.batch_size}"
 
 
-def _line(axes: Axes, rows: pd.DataFrame, model: str, k: int) -> None:
+def draw_saved(axes: Axes, rows: pd.DataFrame, k: int, label: str, linestyle: str = "-") -> Any:
+    """Percent saved by percent of blocks dropped, of one phase, model and interconnect, in the `k`-th colour and with
+    its marker; at the right edge the ceiling. Returns what a legend shows."""
     arms = rows[rows["drop"].notna()].sort_values("drop")
     saved = arms["speedup_percent_median"]
     spread = [saved - arms["speedup_percent_low"], arms["speedup_percent_high"] - saved]
-    style: dict[str, Any] = {
-        "color": COLOURS[k],
-        "marker": MARKERS[k % len(MARKERS)],
-        "markersize": 4,
-        "linewidth": 1.4,
-    }
-    axes.errorbar(100 * arms["drop"], saved, yerr=spread, capsize=2, label=model, **style)
+    style: dict[str, Any] = {"color": COLOURS[k], "marker": MARKERS[k % len(MARKERS)], "linestyle": linestyle}
     for most in rows.loc[rows["arm"] == CEILING, "speedup_percent_median"]:
-        axes.plot([85, 100], [most, most], color=COLOURS[k], linestyle="--", linewidth=1)
+        axes.plot([101, 106], [most, most], color=COLOURS[k], linewidth=2.5, solid_capstyle="butt")
+    return axes.errorbar(
+        100 * arms["drop"], saved, yerr=spread, label=label, capsize=2, markersize=4, linewidth=1.4, **style
+    )
+
+
+def panel(axes: Axes) -> None:
+    """What is behind the lines of a panel."""
+    axes.axhline(0, color="#555555", linewidth=0.8)
+    axes.grid(color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def kind_of(kernel: dict[str, Any]) -> str:

@@ -13,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.gpu_latency.measure import ARMS
-from spd.figures import COLOURS, MARKERS
+from experiments.gpu_latency.draw import CEILING, draw_saved, panel
 
 HERE = Path(__file__).parent
 LINKS = {"native": "-", "lbw": "--", "socket": ":"}
@@ -33,23 +32,13 @@ def draw(rows: pd.DataFrame, path: Path) -> Figure:
     handles: dict[str, Any] = {}
     for axes, model in zip(panels.flat, models, strict=False):
         for (size, link, gpu), line in rows[rows["model"] == model].groupby(["tp_size", "interconnect", "gpu"]):
-            arms = line[line["drop"].notna()].sort_values("drop")
-            saved, place = arms["speedup_percent_median"], sizes.index(size)
-            spread = [(saved - arms["speedup_percent_low"]).fillna(0), (arms["speedup_percent_high"] - saved).fillna(0)]
-            style: dict[str, Any] = {"color": COLOURS[place], "linestyle": LINKS[link], "linewidth": 1.4}
             label = f"tp {size}, {link}, {gpu.removeprefix('NVIDIA ').split()[0]}"
-            handles[label] = axes.errorbar(
-                100 * arms["drop"], saved, yerr=spread, capsize=2, marker=MARKERS[place], markersize=4, **style
-            )
-            for most in line.loc[line["arm"] == ARMS["no_attention_all_reduce"], "speedup_percent_median"]:
-                axes.plot([101, 106], [most, most], color=COLOURS[place], linewidth=2.5, solid_capstyle="butt")
+            handles[label] = draw_saved(axes, line, sizes.index(size), label, LINKS[link])
         if model in PUBLISHED:
-            dropped, saved_there, where = PUBLISHED[model]
-            handles[where] = axes.scatter(dropped, saved_there, marker="*", s=90, color="black", zorder=3)
+            dropped, saved, where = PUBLISHED[model]
+            handles[where] = axes.scatter(dropped, saved, marker="*", s=90, color="black", zorder=3)
         axes.set_title(model, fontsize=10)
-        axes.axhline(0, color="#555555", linewidth=0.8)
-        axes.grid(color="#e5e5e5")
-        axes.spines[["top", "right"]].set_visible(False)
+        panel(axes)
     for axes in panels.flat[len(models) :]:
         axes.set_visible(False)
     for axes in panels.flat[max(0, len(models) - across) : len(models)]:  # the lowest of each column
@@ -57,7 +46,7 @@ def draw(rows: pd.DataFrame, path: Path) -> Figure:
         axes.tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("time to first token saved, %")
-    handles["ceiling: " + ARMS["no_attention_all_reduce"]] = Line2D([], [], color="#555555", linewidth=2.5)
+    handles[f"ceiling: {CEILING}"] = Line2D([], [], color="#555555", linewidth=2.5)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     return figure

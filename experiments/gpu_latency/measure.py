@@ -15,11 +15,11 @@ import hashlib
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -51,7 +51,7 @@ NEW_TOKENS = 4
 ONCE = ("start", "links", "build")
 """What a launch does once for all of its shapes."""
 WARMUP = 1
-"""Rounds of all arms. In the first a GPU is cool, and until it runs into its power limit up to 10 % quicker."""
+"""Rounds of all arms. In the first a GPU is cool, and until it runs into its power limit up to 8 % quicker."""
 PHASES = {"ttft_ms": "prefill", "tpot_ms": "decode"}
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
@@ -96,7 +96,7 @@ def rows_of(session: dict[str, Any], blocks: int, **of_all: Any) -> list[dict[st
             "communication_overlap": shares.get("overlap"),
             "kernels": json.dumps([launch[PHASES[metric]] for launch in session["kernels"]]),
             "all_reduce": ", ".join(dict.fromkeys(of["kind"] for of in chosen)) or None,
-            "all_reduce_us": median(of["us"][of["kind"]] for of in chosen) if chosen else None,
+            "all_reduce_us": statistics.median(of["us"][of["kind"]] for of in chosen) if chosen else None,
             "fell_back": json.dumps({kind: why for of in chosen for kind, why in of["fell_back"].items()}),
             "link_small_message_us": link.get("small_message_us"),
             "link_bandwidth_gb_per_s": link.get("bandwidth_gb_per_s"),
