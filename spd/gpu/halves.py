@@ -1,12 +1,12 @@
 """The two halves of a block, on one rank, as functions of fused weights; what is between them is summed over ranks.
 
-    attention   X = R + S          P_i = attention of rank i's heads
-    mlp         U   = X + b + P    R = U + b2          S_i = MLP_i(norm2(U))           TP, P = sum_i(P_i)
-                U_i = X + b + P_i  R = X + b + b2      S_i = P_i + MLP_i(norm2(U_i))   SPD
+    attention   X = R + c + S      P_i = attention of rank i's heads
+    mlp         U   = X + b + P    R = U   c = b2       S_i = MLP_i(norm2(U))           TP, P = sum_i(P_i)
+                U_i = X + b + P_i  R = X   c = b + b2   S_i = P_i + MLP_i(norm2(U_i))   SPD
 
-A block hands on the residual `R`, which all ranks have, and the sum `S` over ranks of the `S_i`; the next one adds
-them, so that additions and norm become one kernel. The equations are those of `spd.block.Block`. Every tensor comes as
-an argument: compiled once, a function serves all blocks.
+A block hands on the residual `R`, which all ranks have, biases `c`, and the sum `S` over ranks of the `S_i`; the next
+one adds them, so that additions and norm become one kernel, and an SPD block writes no residual. The equations are
+those of `spd.block.Block`. Every tensor comes as an argument: compiled once, a function serves all blocks.
 
 Legend: B batch, T tokens, C cache length, D hidden size, H query heads, K key/value heads, h head size, F MLP width,
 N ranks.
@@ -48,6 +48,8 @@ class Weights(NamedTuple):
     """[D, F / N]"""
     mlp_bias: Tensor | None
     """b2 [D], whole"""
+    biases: Tensor | None
+    """b + b2"""
 
     @classmethod
     def of(cls, layer: nn.Module, family: Family, biases: dict[Kind, nn.Parameter]) -> "Weights":
@@ -62,9 +64,7 @@ class Weights(NamedTuple):
             bias = getattr(module, "bias", None)
             return module.weight.data, None if bias is None else bias.data  # type: ignore[union-attr, return-value]
 
-        def whole(kind: Kind) -> Tensor | None:
-            return biases[kind].data if kind in biases else None
-
+        b, b2 = (biases[kind].data if kind in biases else None for kind in ("attention_output", "mlp_output"))
         qkv = (family.query, *family.key_value)
         fused = [(joined(names, "weight"), joined(names, "bias")) for names in (qkv, family.mlp_input)]
         outputs = [layer.get_submodule(name).weight.data for name in (family.attention_output, family.mlp_output)]
@@ -76,43 +76,47 @@ class Weights(NamedTuple):
             qkv_weight,
             qkv_bias,
             outputs[0],  # type: ignore[arg-type]
-            whole("attention_output"),
+            b,
             *norm(family.mlp_norm),
             mlp_weight,
             mlp_bias,
             outputs[1],  # type: ignore[arg-type]
-            whole("mlp_output"),
+            b2,
+            b if b2 is None else _plus(b2, b),
         )
 
     @property
     def bytes(self) -> int:
-        """What a decoding step reads at least."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self if tensor is not None)
+        """What a decoding step reads at least: of the biases `b`, and `b2` or `b + b2`."""
+        return sum(tensor.nbytes for tensor in self._replace(biases=None) if tensor is not None)
 
 
 class Stage(NamedTuple):
     """The functions of prefill, or of decoding: of each one of `Halves.versions`."""
 
-    attention_input: Callable[[Tensor, Tensor, Weights], tuple[Tensor, Tensor]]
+    attention_input: Callable[[Tensor, Tensor, Tensor | None, Weights], tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
     attention_output: Callable[[Tensor, Weights, Tensor | None], Tensor]
     mlp_input: Callable[[Tensor, Tensor, Weights, bool], tuple[Tensor, Tensor]]
     mlp_output: Callable[[Tensor, Tensor | None, Weights, Tensor | None], Tensor]
 
     def attention(
-        self, residual: Tensor, summed: Tensor, w: Weights, room: Tensor | None, *where: Any
+        self, residual: Tensor, summed: Tensor, carried: Tensor | None, w: Weights, room: Tensor | None, *where: Any
     ) -> tuple[Tensor, Tensor]:
-        """`X` and `P_i` [B, T, D], which may be left in `room`; `where` is what `attend` takes beside `qkv`."""
-        x, qkv = self.attention_input(residual, summed, w)
+        """`X` and `P_i` [B, T, D], which may be left in `room`, from `R`, `S` and `c`; `where` is what `attend` takes
+        beside `qkv`."""
+        x, qkv = self.attention_input(residual, summed, carried, w)
         return x, self.attention_output(self.attend(qkv, *where), w, room)
 
     def mlp(
         self, x: Tensor, attended: Tensor, w: Weights, room: Tensor | None, *, dropped: bool
-    ) -> tuple[Tensor, Tensor]:
-        """`R` and `S_i` [B, T, D], which may be left in `room`, from `X` and the sum of the `P_i`; where the block is
-        dropped, from `X` and `P_i`. Both of these may be overwritten, and so may be in the same `room`."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`R` and `S_i` [B, T, D], which may be left in `room`, and `c` [D], from `X` and the sum of the `P_i`; where
+        the block is dropped, from `X` and `P_i`. `P_i` may be overwritten, so that both may be in the
+        same `room`."""
         residual, hidden = self.mlp_input(x, attended, w, dropped)
-        return residual, self.mlp_output(hidden, attended if dropped else None, w, room)
+        local = self.mlp_output(hidden, attended if dropped else None, w, room)
+        return residual, local, w.biases if dropped else w.mlp_bias
 
 
 TUNED = "tuned"
@@ -161,12 +165,12 @@ class Halves:
         def tuned(f: Callable) -> Any:
             return built(f, coordinate_descent_tuning=True)
 
-        both, added, attention_output = (tuned(f) for f in (self._mlp_input, self.mlp_output, self.attention_output))
+        of_tp, added, attention_output = (tuned(f) for f in (self.mlp_input, self.mlp_output, self.attention_output))
         zeros: dict[torch.device, Tensor] = {}
 
         def tuned_input(x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
-            of_tp, of_spd, hidden = both(x, attended, w)
-            return of_spd if dropped else of_tp, hidden
+            u, hidden = of_tp(x, attended, w, False)
+            return x if dropped else u, hidden
 
         def tuned_output(hidden: Tensor, partial: Tensor | None, w: Weights, room: Tensor | None) -> Tensor:
             if partial is None:  # an SPD block's very kernel, with nothing to add: which is chosen by trial differs
@@ -199,6 +203,9 @@ class Halves:
             },
         }
         """Of both phases, function of a `Stage` -> its versions, of which sizes, GPU and luck decide the quickest."""
+        if self.head_size < attention.SMALLEST_FLEX_HEAD:
+            for phase in self.versions.values():
+                del phase["attend"]["flex"]
         self.last, self.likeliest = built(self._last), built(head.likeliest)
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -208,9 +215,11 @@ class Halves:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-    def attention_input(self, residual: Tensor, summed: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+    def attention_input(
+        self, residual: Tensor, summed: Tensor, carried: Tensor | None, w: Weights
+    ) -> tuple[Tensor, Tensor]:
         """`X` [B, T, D]; queries, keys and values [B, T, (H + 2 K) h / N]."""
-        x = residual + summed
+        x = _plus(residual, carried) + summed
         return x, F.linear(self.norm(x, w.norm1, w.norm1_bias), w.qkv, w.qkv_bias)
 
     def _split(self, qkv: Tensor, kv_heads: int, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,18 +270,12 @@ class Halves:
         """`P_i` [B, T, D]."""
         return F.linear(heads, w.attention_output)
 
-    def _mlp_input(self, x: Tensor, attended: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        """`mlp_input` with the `R` of a TP block and that of an SPD block."""
-        known = _plus(x, w.attention_bias)
-        u = known + attended
-        hidden = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
-        return _plus(u, w.mlp_bias), _plus(known, w.mlp_bias), hidden
-
     def mlp_input(self, x: Tensor, attended: Tensor, w: Weights, dropped: bool) -> tuple[Tensor, Tensor]:
         """`R` [B, T, D] and the MLP's input product [B, T, F/N] or [B, T, 2 F/N], from `X` and the sum of the `P_i`, or
         for a dropped block `P_i`."""
-        of_tp, of_spd, hidden = self._mlp_input(x, attended, w)
-        return of_spd if dropped else of_tp, hidden
+        u = _plus(x, w.attention_bias) + attended
+        hidden = F.linear(self.norm(u, w.norm2, w.norm2_bias), w.mlp_input, w.mlp_input_bias)
+        return x if dropped else u, hidden
 
     def activated(self, hidden: Tensor) -> Tensor:
         """What the MLP's output product takes, [B, T, F/N]."""
@@ -289,6 +292,7 @@ class Halves:
         self,
         residual: Tensor,
         summed: Tensor,
+        carried: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         part: Tensor,
@@ -296,7 +300,8 @@ class Halves:
         mine: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Of the last token the logits [B, V/N] of a rank's `part` of the head, and `spd.gpu.head.candidates`."""
-        logits = F.linear(self.norm((residual + summed)[:, -1], weight, bias), part)
+        x = (_plus(residual, carried) + summed)[:, -1]
+        logits = F.linear(self.norm(x, weight, bias), part)
         return logits, head.candidates(logits, first, mine)
 
 

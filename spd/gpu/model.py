@@ -64,12 +64,14 @@ class RandomLayer:
 
 
 class States(NamedTuple):
-    """What goes into the first block."""
+    """What a block takes from the one before it (`spd.gpu.halves`); of the first one, in brackets."""
 
     residual: Tensor
-    """R [B, T, D]: embeddings"""
+    """R [B, T, D] (embeddings)"""
     summed: Tensor
-    """[B, T, D]: zeros, as no block is before it"""
+    """S [B, T, D] (zeros)"""
+    carried: Tensor | None
+    """c [D] (zeros), where blocks have output biases"""
     rope: tuple[Tensor, Tensor] | None
     """Cosines and sines [T, h]"""
     positions: Tensor
@@ -195,13 +197,15 @@ class GraphModel:
             rope = cos[0], sin[0]
         if self.positions is not None:
             residual = residual + self.positions[positions]
-        return States(residual, torch.zeros_like(residual), rope, positions)
+        biases = self.blocks[0].biases
+        carried = None if biases is None else torch.zeros_like(biases)
+        return States(residual, torch.zeros_like(residual), carried, rope, positions)
 
     @torch.no_grad()
-    def _blocks(self, states: States, arm: Arm, reach: int | None, blocks: int | None = None) -> tuple[Tensor, Tensor]:
-        """`R` and the sum of the `S_i` behind the last block, or the first few; decoding looks at `reach` cached
-        positions, and prefill, for which that is None, at its own prompt."""
-        residual, summed, rope, positions = states
+    def _blocks(self, states: States, arm: Arm, reach: int | None, blocks: int | None = None) -> States:
+        """What is behind the last block, or the first few; decoding looks at `reach` cached positions, and prefill, for
+        which that is None, at its own prompt."""
+        residual, summed, carried, rope, positions = states
         phase = _phase(reach)
         stage = Stage(**{name: self.halves.versions[phase][name][kind] for name, kind in self.kernels[phase].items()})
         room = all_reduce.room(self.all_reduce, residual.shape)
@@ -210,12 +214,12 @@ class GraphModel:
             where = positions, self._columns[:reach] <= positions, self._parts(reach)
         for i, (w, cache) in enumerate(zip(self.blocks[:blocks], self.cache[:blocks], strict=True)):
             keys, values = (part[:, :, :reach] for part in cache)
-            x, partial = stage.attention(residual, summed, w, room, rope, keys, values, *where)
+            x, partial = stage.attention(residual, summed, carried, w, room, rope, keys, values, *where)
             dropped = i in arm.dropped
             attended = partial if dropped or not arm.attention_all_reduce else self._sum(partial)
-            residual, local = stage.mlp(x, attended, w, room, dropped=dropped)
+            residual, local, carried = stage.mlp(x, attended, w, room, dropped=dropped)
             summed = self._sum(local) if arm.mlp_all_reduce else local
-        return residual, summed
+        return States(residual, summed, carried, rope, positions)
 
     def work(self, decode_at: int | None) -> tuple[int, float]:
         """Bytes that a forward reads at least, weights and keys and values up to `decode_at`, and the operations of its
@@ -232,9 +236,10 @@ class GraphModel:
     def _sum(self, local: Tensor) -> Tensor:
         return local if self.all_reduce is None else self.all_reduce(local)
 
-    def _choose(self, residual: Tensor, summed: Tensor, arm: Arm) -> None:
+    def _choose(self, last: States, arm: Arm) -> None:
         """Leaves logits and the next token behind."""
-        logits, candidates = self.halves.last(residual, summed, *self.final_norm, self.head, self._first, self._mine)
+        states = last.residual, last.summed, last.carried
+        logits, candidates = self.halves.last(*states, *self.final_norm, self.head, self._first, self._mine)
         self.logits.copy_(logits)
         self.token.copy_(self.halves.likeliest(self._sum(candidates) if arm.mlp_all_reduce else candidates))
 
@@ -247,14 +252,14 @@ class GraphModel:
     @torch.no_grad()
     def prefill(self, arm: Arm) -> None:
         """From `prompt` to the first token."""
-        self._choose(*self._blocks(self._states(None), arm, None), arm)
+        self._choose(self._blocks(self._states(None), arm, None), arm)
         self.position.fill_(self.prompt.shape[1])
 
     @torch.no_grad()
     def decode(self, arm: Arm, reach: int | None = None) -> None:
         """From `token`, at `position` below `reach` (by default C), to the next one."""
         reach = reach or len(self._columns)
-        self._choose(*self._blocks(self._states(reach), arm, reach), arm)
+        self._choose(self._blocks(self._states(reach), arm, reach), arm)
         self.position.add_(1)
 
     @torch.no_grad()  # also what is warmed up: compiled functions are of one grad mode
@@ -286,7 +291,7 @@ class GraphModel:
         def run() -> None:
             for arm in (Arm(), Arm(frozenset({0, 1}))):
                 # Two blocks have all the shapes that more have.
-                self._choose(*self._blocks(self._states(reach), arm, reach, blocks=2), arm)
+                self._choose(self._blocks(self._states(reach), arm, reach, blocks=2), arm)
 
         self.position.zero_()
         phase, size = _phase(reach), (*self.prompt.shape, reach)
