@@ -99,3 +99,11 @@ def test_every_version_compiled_for_a_gpu_is_attention(
         reach = -(-(tokens + 1) // 128) * 128
         seen = torch.arange(reach, device="cuda") <= position
         compare("decode", 1, reach, position, seen, attention.in_parts(reach, position.device))
+
+
+@pytest.mark.parametrize(("size", "kinds"), [(8, ["sdpa"]), (16, ["sdpa", "flex"])])
+def test_heads_too_small_for_flex_attention_go_without(size: int, kinds: list[str]) -> None:
+    config = LlamaConfig(hidden_size=4 * size, num_attention_heads=4, head_dim=size)
+    versions = Halves(family_of(config), config, compiled=False).versions
+    assert list(versions["prefill"]["attend"]) == kinds
+    assert ("flex" in versions["decode"]["attend"]) == (size >= 16)

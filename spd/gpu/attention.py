@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+SMALLEST_FLEX_HEAD = 16
+"""Flex attention's kernels are products of the matrix units, which take no less."""
 _AT_ONCE = 264
 """Parts that are read at once, of all sequences and heads: two for each multiprocessor of an H100."""
 

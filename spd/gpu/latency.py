@@ -42,8 +42,8 @@ class Shape(NamedTuple):
     blocks_alone: bool = False
     """Whether the decoder blocks are timed by themselves too (`BLOCKS`)."""
     long: bool = False
-    """Whether a forward takes seconds: then none is run but those that are timed, and only nothing and everything
-    dropped are profiled."""
+    """Whether a forward takes seconds: then there are no rounds of warm-up, but one forward that is not timed, and only
+    nothing and everything dropped are profiled."""
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -178,10 +178,9 @@ def _measure(bench: Bench, shape: Shape, told: Callable[[int], None]) -> dict[st
             taken.append(once(phase, name))
         return taken
 
-    began, short = time.perf_counter(), set()
-    if not shape.long:
-        took = slowest(torch.tensor([once(phase, names[0]) for phase in phases]), device)
-        short = {phase for phase, ms in zip(phases, took.tolist(), strict=True) if ms < SHORT_MS}
+    began = time.perf_counter()
+    took = slowest(torch.tensor([once(phase, names[0]) for phase in phases]), device)
+    short = {phase for phase, ms in zip(phases, took.tolist(), strict=True) if ms < SHORT_MS}
     times = torch.zeros(len(phases), len(names), shape.repeats, dtype=torch.float64)
     with no_garbage_collection():
         for _ in range(0 if shape.long else settings["warmup"]):
