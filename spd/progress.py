@@ -32,8 +32,8 @@ class Display:
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title = title
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._step = ""
-        self._began = self._last = 0.0
+        self._step, self._last = "", 0.0
+        self._first: tuple[float, int] | None = None
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -61,8 +61,7 @@ class Display:
 
     def step(self, text: str) -> None:
         """A new step begins; how long it is, is not known yet."""
-        self._step, self._began = text, time.monotonic()
-        self._last = self._began
+        self._step, self._last, self._first = text, time.monotonic(), None
         # Not reset(): that keeps the length of the step before.
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(f"{self.title}: {text}", total=None)
@@ -73,9 +72,12 @@ class Display:
         """The step is at `done` of `total`: the `on_progress` of everything that takes long."""
         self._bar.update(self._task, completed=done, total=total)
         now = time.monotonic()
+        # What came before the first report is not counted: ranks start and compile, answers that are kept are read.
+        began, had = self._first = self._first or (now, done)
         if not self.console.is_terminal and now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            left = timedelta(seconds=round((now - self._began) / done * (total - done))) if done else "unknown"
+            rate = (done - had) / (now - began) if done > had else 0
+            left = timedelta(seconds=round((total - done) / rate)) if rate else "unknown"
             self.say(f"{self._step} {done}/{total}, time left {left}")
 
 
