@@ -43,10 +43,12 @@ def evaluate(
         on_progress: called with (requests answered, requests known of).
 
     Returns:
-        `{"mean": {"value", "stderr"}, "tasks": {name: {"metric", "value", "stderr", "items", "scores", "metrics"}}}`:
+        `{"mean": {"value", "stderr"}, "tasks": {name: {"metric", "value", "stderr", "items", "scores", "metrics",
+        "parts"}}}`:
         `value` is the first of `MAIN_METRICS` the task has, `stderr` lm-eval's (None where it has none), `scores` that
         metric of each item in order, as text with a space between: two models that answered the same items are compared
-        item by item. The mean weighs tasks equally and takes their errors as independent.
+        item by item. `parts` are "value", "stderr" and "items" of the groups and tasks in a group (MMLU's subjects), in
+        the order of `scores`. The mean weighs tasks equally and takes their errors as independent.
 
     Raises:
         UserError: an unknown task, one whose data are missing or that reports none of the main metrics,
@@ -91,14 +93,26 @@ def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"The task {task!r} reports none of {', '.join(MAIN_METRICS)}, but {', '.join(sorted(metrics))}."
         )
-    name, *filters = main.split(",")
+    name, _, filtered = main.partition(",")
+    filtered = filtered or "none"
+    error = f"{name}_stderr,{filtered}".removesuffix(",none")
+
+    def part(member: str) -> dict[str, Any]:
+        of_part = results["results"].get(member, {})
+        return {
+            "value": of_part.get(f"{name},{filtered}"),
+            "stderr": of_part.get(f"{name}_stderr,{filtered}"),
+            "items": sum(results["n-samples"][one]["effective"] for one in _members(member, results)),
+        }
+
     return {
         "metric": main,
         "value": metrics[main],
-        "stderr": metrics.get(",".join([f"{name}_stderr", *filters])),
-        "items": sum(results["n-samples"][member]["effective"] for member in _members(task, results)),
-        "scores": " ".join(f"{score:g}" for score in _scores(task, name, ",".join(filters) or "none", results)),
+        "stderr": metrics.get(error),
+        "items": part(task)["items"],
+        "scores": " ".join(f"{score:g}" for score in _scores(task, name, filtered, results)),
         "metrics": metrics,
+        "parts": {member: part(member) for member in _inside(task, results)},
     }
 
 
@@ -107,7 +121,13 @@ def _scores(task: str, metric: str, filtered: str, results: dict[str, Any]) -> l
     return [sample[metric] for sample in samples if sample["filter"] == filtered]
 
 
+def _inside(task: str, results: dict[str, Any]) -> list[str]:
+    """The groups and tasks in a group, each group before those in it; of a task none."""
+    inside = results.get("group_subtasks", {}).get(task, [])
+    return [each for one in inside for each in (one, *_inside(one, results))]
+
+
 def _members(task: str, results: dict[str, Any]) -> list[str]:
     """The tasks of a group, through the groups in it; a task itself."""
-    inside = results.get("group_subtasks", {}).get(task)
-    return [member for one in inside for member in _members(one, results)] if inside else [task]
+    groups = results.get("group_subtasks", {})
+    return [one for one in (task, *_inside(task, results)) if not groups.get(one)]

@@ -1,10 +1,12 @@
 """Accuracy through lm-eval, against lm-eval's own Hugging Face model."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -39,6 +41,33 @@ def test_with_nothing_dropped_scores_equal_lm_evals_own_model(
     # Perplexity of the last words shows agreement where few items are right.
     assert ours["tasks"]["toy_last"]["metrics"]["perplexity"] == pytest.approx(
         own["results"]["toy_last"]["perplexity,none"], rel=1e-4
+    )
+
+
+def test_a_groups_parts_have_lm_evals_scores_in_the_order_of_its_items(
+    checkpoint: Callable[..., Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    mean = [{"metric": "acc", "weight_by_size": True}]
+    inner = {"group": "toy_inner", "task": ["toy_last"], "aggregate_metric_list": mean}
+    group = {"group": "toy_group", "task": [inner, "toy_choice"], "aggregate_metric_list": mean}
+    shutil.copytree(tasks, tmp_path / "tasks")
+    (tmp_path / "tasks/toy_group.yaml").write_text(yaml.safe_dump(group))
+    folder = checkpoint("llama")
+    ours = evaluate(spd.load(folder, tp_size=2), ["toy_group"], include_path=tmp_path / "tasks", batch_size=8, limit=9)
+    own = simple_evaluate(
+        model=HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8),
+        tasks=["toy_group"], limit=9, bootstrap_iters=1000,
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+    )["results"]  # fmt: skip
+    score = ours["tasks"]["toy_group"]
+    parts, items = score["parts"], [float(item) for item in score["scores"].split()]
+    assert list(parts) == ["toy_group::toy_inner", "toy_last", "toy_choice"]  # lm-eval's name of one defined in place
+    assert {part["items"] for part in parts.values()} == {9}
+    for name, part in parts.items():
+        assert (part["value"], part["stderr"]) == (own[name]["acc,none"], own[name]["acc_stderr,none"])
+    assert [sum(of) / 9 for of in (items[:9], items[9:])] == pytest.approx(
+        [parts[name]["value"] for name in ("toy_last", "toy_choice")]
     )
 
 
