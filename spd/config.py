@@ -320,7 +320,7 @@ class LatencyConfig:
     new_tokens: int = 8
     """Tokens generated after the first (time between tokens)."""
     decode_at: int | None = None
-    """latency=gpu: position of the first of these tokens; null for right after the prompt (default)."""
+    """latency=gpu: position of the first of these tokens; null for right after the prompt."""
     all_reduce: AllReduceKind = AllReduceKind.auto
     """latency=gpu: auto measures those that work and takes the quickest for each message size | nccl | one_shot,
     two_shot: symmetric memory over direct links."""
@@ -338,7 +338,8 @@ class LatencyConfig:
     warmup: int = 1
     """Untimed repeats before them."""
     realtime: bool = True
-    """Schedule the timed parts of the ranks in real time where the system permits it: several times less spread."""
+    """latency=cpu: schedule the timed parts of the ranks in real time where the system permits it: several times less
+    spread."""
     drops: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0])
     """Drop fractions timed beside each other in one session, which all points of a sweep then share. 0 is always
     added: it is the baseline of the speed-ups. A point's own fraction is added if missing."""
@@ -394,7 +395,8 @@ class RunConfig:
     drop: float = 0.0
     """Fraction n/L of the blocks whose attention sync point is dropped, 0..1, rounded to whole blocks."""
     seed: int = 0
-    """Draws the samples of the texts and the few-shot examples."""
+    """Draws the samples of the texts and the few-shot examples, and what distillation and the search for groups of
+    heads leave to chance."""
     sweep: str = "default"
     """Name of the sweep: its folder under output_dir/sweeps and its group in W&B. By default the time of the start."""
     output_dir: str = "runs"

@@ -14,7 +14,7 @@ from spd.config import Device, LatencyKind, RunConfig, Strategy, Weights
 from spd.data import draw_samples, read_documents, tokenize
 from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu.latency import check_gpus
+from spd.gpu.latency import check_gpus, check_variant
 from spd.hub import read_text
 from spd.launch import check_port
 from spd.paths import find_path, need_path
@@ -43,6 +43,7 @@ def check(config: RunConfig, here: bool = True) -> None:
     if config.weights is Weights.random:
         hf = read_architecture(config.model.architecture)
         check_tp_size(family_of(hf), hf, config.parallel.tp_size)
+        check_variant(hf)
         _check_lengths(_latency_lengths(config), hf, config.model.name)
         if here:
             check_port(config.parallel.port)
@@ -51,6 +52,8 @@ def check(config: RunConfig, here: bool = True) -> None:
     hf = read_config(folder)
     tp_size = config.parallel.tp_size
     check_tp_size(family_of(hf), hf, tp_size)
+    if config.latency.name is LatencyKind.gpu:
+        check_variant(hf)
     Checkpoint(folder)  # opens every weight file, reads headers only
     if (folder / PLAN_FILE).is_file():
         plan = DropPlan.load(folder / PLAN_FILE)
@@ -72,7 +75,10 @@ def check(config: RunConfig, here: bool = True) -> None:
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
     for setting in ("path", "heldout_path"):
         samples_of(config, setting, folder)
-    if config.strategy.name is not Strategy.zs and config.drop > 0:
+    # With corrections, which cost time, the blocks of every fraction that is timed are treated.
+    timed = config.latency.drops if config.latency.name is LatencyKind.cpu else []
+    drop = max([config.drop, *timed]) if "correction" in config.strategy.name.name else config.drop
+    if config.strategy.name is not Strategy.zs and drop > 0:
         _check_recovery_text(config, folder)
     _check_generation(config, hf, str(folder))
 
@@ -82,10 +88,12 @@ def _latency_lengths(config: RunConfig) -> dict[str, int]:
     settings = config.latency
     if settings.name is LatencyKind.none:
         return {}
-    lengths = {"latency.prompt_length + latency.new_tokens": settings.prompt_length + settings.new_tokens}
     if settings.name is LatencyKind.gpu and settings.decode_at is not None:
-        lengths["latency.decode_at + latency.new_tokens"] = settings.decode_at + settings.new_tokens
-    return lengths
+        return {
+            "latency.prompt_length": settings.prompt_length,
+            "latency.decode_at + latency.new_tokens": settings.decode_at + settings.new_tokens,
+        }
+    return {"latency.prompt_length + latency.new_tokens": settings.prompt_length + settings.new_tokens}
 
 
 def _check_lengths(lengths: dict[str, int], hf: PretrainedConfig, model: str) -> None:

@@ -195,7 +195,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
         return logits.argmax(-1)  # [B, 1]
 
     def measure() -> tuple[float, float]:
-        cache = DynamicCache()
+        cache = DynamicCache(config=model.hf.config)
         dist.barrier()
         start = time.perf_counter()
         token = forward(prompt, cache)

@@ -110,7 +110,7 @@ class TensorParallelLM(nn.Module):
         layer, biases = self._reader.read(i, source, dtype or self.dtype, device or self.device)
         biases_of = biases.get("attention_output"), biases.get("mlp_output")
         block = Block(layer, self.family, self.ranks, *biases_of, correction)
-        if correction is not None:
+        if correction is not None and correction.down_b is not None:
             correction.cache_slot = self.num_blocks + i
             block.register_forward_pre_hook(self._make_room_in_cache, with_kwargs=True)
         return block
@@ -127,9 +127,12 @@ class TensorParallelLM(nn.Module):
         return f"{self.family.decoder}.layers."
 
     def _make_room_in_cache(self, block: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
-        # Hugging Face makes a cache with one slot a block; corrections that look a token back have theirs behind these.
+        # A cache has one slot a block (one without a config makes them when first needed), and behind these those of
+        # corrections that look a token back.
         cache: Cache | None = inputs.get("past_key_values")
         if cache is not None:
+            if (layer := cache.layer_class_to_replicate) is not None:
+                cache.layers.extend(layer() for _ in range(self.num_blocks - len(cache.layers)))
             cache.layers.extend(TokenBefore() for _ in range(2 * self.num_blocks - len(cache.layers)))
 
     @property

@@ -143,6 +143,11 @@ class DropPlan:
             raise UserError("The plan was made for other weights of the same shape; make one for these.")
 
 
+def blocks_at(drop: float, blocks: int) -> int:
+    """The number of `blocks` nearest to a fraction, the larger of two."""
+    return math.floor(drop * blocks + 0.5)  # round() would take 10.5 to 10 and 7.5 to 8
+
+
 def make_plan(
     report: "SensitivityReport",
     drop: float,
@@ -171,8 +176,7 @@ def make_plan(
         tau1, tau2 = report.jumps()
     elif thresholds != "tau":
         raise UserError(f"thresholds={thresholds!r} is not known; write 'tau' or 'jumps'.")
-    count = math.floor(drop * report.num_blocks + 0.5)  # round() would take 10.5 to 10 and 7.5 to 8
-    dropped = sorted(report.ranked()[:count])
+    dropped = sorted(report.ranked()[: blocks_at(drop, report.num_blocks)])
     classes = report.classes(tau1, tau2)
     return DropPlan(
         tp_size=report.tp_size,

@@ -20,7 +20,8 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from spd.paths import ROOT
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 3
+FORMAT = 4
 """Version of records and caches. Raised when a change of the code changes what a configuration gives."""
 
 Record = dict[str, Any]
@@ -88,6 +89,21 @@ def write_json(path: Path, value: Any) -> None:
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def held(path: Path, say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Holds a lock file. That it has to be waited for is said: another process `what`."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"Waiting for another process that {what}.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -150,13 +166,7 @@ class Results:
         parts = {**made_by(), **parts}
         path = self.output_dir / "cache" / kind / f"{digest(parts)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self.say(f"Waiting for another process that computes the same {kind}.")
-            lock.acquire()
-        try:
+        with held(path.with_suffix(".lock"), self.say, f"computes the same {kind}"):
             stored = self._read_cache(path, kind)
             if stored is None:
                 here, started = environment(), time.monotonic()
@@ -167,8 +177,6 @@ class Results:
                 write_text(path, json.dumps(stored))
             self.computed[kind] = stored["computed"]
             return stored["value"]
-        finally:
-            lock.release()
 
     def _read_cache(self, path: Path, kind: str) -> dict[str, Any] | None:
         try:
@@ -206,6 +214,12 @@ def texts_digest(folder: Path) -> str:
 def made_by() -> dict[str, Any]:
     """What makes numbers other ones for the same configuration: this code's format and the libraries that compute."""
     return {"format": FORMAT, "versions": {name: _version(name) for name in ("torch", "transformers", "lm_eval")}}
+
+
+def gpu_engine() -> str:
+    """Of the code that is timed on GPUs: a session of another engine is another session."""
+    sources = b"".join(path.read_bytes() for path in sorted((ROOT / "spd/gpu").glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:8]
 
 
 def environment() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from spd.launch import Progress
 from spd.model import TensorParallelLM
 from spd.perplexity import next_token_loss, to_perplexity
 from spd.plan import ModelIdentity, distilled
+from spd.results import write_json
 
 ORDERS = ("suffix", "alone", "front")
 
@@ -95,7 +96,7 @@ class SensitivityReport:
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "SensitivityReport":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spd import checkpoint
-from spd.config import LatencyKind, RunConfig, to_dict
+from spd.config import LatencyKind, RunConfig, Weights, to_dict
 from spd.families import family_of
 from spd.gpu.latency import check_gpus
 from spd.gpu.step import gpu_latency
@@ -22,9 +22,9 @@ from spd.loading import load
 from spd.model import TensorParallelLM
 from spd.paths import find_path
 from spd.perplexity import perplexity
-from spd.plan import DropPlan, ModelIdentity, make_plan
+from spd.plan import DropPlan, ModelIdentity, blocks_at, make_plan
 from spd.progress import Display
-from spd.results import Results, digest, hardware, made_by
+from spd.results import Results, digest, gpu_engine, hardware, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
 from spd.strategies.block_cache import BlockCache
 from spd.strategies.correction import CORRECTION_FILE
@@ -38,17 +38,21 @@ _NOT_IN_KEY: dict[str, set[str] | None] = {
     "output_dir": None,
     "parallel": {"name", "port"},
     "latency": {"timeout_s"},
-    "model": {"path", "architecture"},
+    "model": {"name", "path", "architecture"},
     "data": {"name", "path", "heldout_path", "dataset", "dataset_config", "split", "heldout_split", "data_root"},
     "eval": {"name", "include_path", "data_root"},
 }
+_OF_RANDOM = ("model", "parallel", "interconnect", "latency", "drop")
+"""Sections that have to do with a point of weights=random, which is a latency."""
 
 
 def determining(settings: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration (as `to_dict` gives it) can change a result."""
     kept = {section: value for section, value in settings.items() if _NOT_IN_KEY.get(section, ()) is not None}
+    if settings["weights"] == Weights.random.name:  # nothing but latency is measured
+        kept = {name: kept[name] for name in _OF_RANDOM}
     for section, names in _NOT_IN_KEY.items():
-        if names is not None:
+        if names is not None and section in kept:
             kept[section] = {name: value for name, value in settings[section].items() if name not in names}
     return kept
 
@@ -68,7 +72,7 @@ class Steps:
     def _key(self) -> str:
         parts = {**made_by(), "config": determining(to_dict(self.config)), "weights": self.weights, "files": self.files}
         if self.config.latency.name is not LatencyKind.none:
-            parts["machine"] = _machine()
+            parts["machine"] = _machine(self.config)
         return digest(parts)
 
     def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -290,7 +294,7 @@ class Steps:
             "tp_size": parallel.tp_size,
             "arms": arms,
             "interconnect": self.config.interconnect.name.name,
-            "machine": _machine(),
+            "machine": _machine(self.config),
             "corrections": self._treatment_parts(widest) if corrected else None,
         }
         ours = str(len(self.plan(self.config.drop).dropped))
@@ -311,7 +315,7 @@ class Steps:
             dropped.__getitem__,
             self.results.folder(self.key) / "latency",
             weights=self.weights,
-            machine=_machine(),
+            machine=_machine(self.config),
         )
 
 
@@ -324,9 +328,8 @@ class RandomSteps:
         self.hf: Any = checkpoint.read_architecture(config.model.architecture)
         family_of(self.hf)
         self.weights = f"random {digest(config.model.architecture)}"
-        settings = determining(to_dict(config))
-        computing = {name: settings[name] for name in ("model", "parallel", "interconnect", "latency", "drop")}
-        self.key = digest({**made_by(), "config": computing, "weights": self.weights, "machine": _machine()})
+        parts = {"config": determining(to_dict(config)), "weights": self.weights, "machine": _machine(config)}
+        self.key = digest({**made_by(), **parts})
 
     def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """As `Steps.steps`."""
@@ -342,14 +345,14 @@ class RandomSteps:
                 lambda drop: self.plan(drop).dropped,
                 self.results.folder(self.key) / "latency",
                 weights=self.weights,
-                machine=_machine(),
+                machine=_machine(self.config),
             ),
         )
 
     def plan(self, drop: float) -> DropPlan:
         """Drops the last blocks: random ones are all alike, and which are dropped costs no time."""
         blocks = self.hf.num_hidden_layers
-        dropped = list(range(blocks - math.floor(drop * blocks + 0.5), blocks))
+        dropped = list(range(blocks - blocks_at(drop, blocks), blocks))
         return DropPlan(
             tp_size=self.config.parallel.tp_size,
             strategy="zs",
@@ -364,7 +367,8 @@ class RandomSteps:
         )
 
 
-def _machine() -> dict[str, Any]:
+def _machine(config: RunConfig) -> dict[str, Any]:
     """What a latency belongs to."""
     here = hardware()
-    return {name: here[name] for name in ("cpu", "cores", "gpus")}
+    machine = {name: here[name] for name in ("cpu", "cores", "gpus")}
+    return machine | {"engine": gpu_engine()} if config.latency.name is LatencyKind.gpu else machine

@@ -101,9 +101,10 @@ class Sweep:
         csv, png = self.folder / CSV_FILE, self.folder / PNG_FILE
         write_text(csv, to_frame(records).to_csv(index=False))
         done = [record for record in records if record["status"] == "done"]
+        of_quality = any(record.get("accuracy") or record.get("perplexity") for record in done)
         print_table(records, f"Sweep {self.configs[0].sweep}")
         for what, make in (
-            ("the curve", lambda: figures.plot_curve(to_frame(done), png)),
+            ("the curve", lambda: figures.plot_curve(to_frame(done), png) if of_quality else None),
             ("W&B", lambda: tracking.log_sweep(records, csv, png, self.configs[0])),
         ):
             try:
@@ -180,7 +181,9 @@ def compose(config: DictConfig) -> Sweep:
             which = f"The point {' '.join(one)}; none of the {len(overrides)} points was started."
             raise UserError(f"{error}\n({which})") from error
     _check_cores(config, configs)
-    for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in configs}.values():
+    # Of those that differ in nothing but the drop the largest, which needs the most.
+    by_drop = sorted(configs, key=lambda one: one.drop)
+    for distinct in {dump_yaml(replace(config, drop=0.0)): config for config in by_drop}.values():
         inputs.check(distinct, here=_runs_here(config))
     return Sweep(folder, overrides, configs)
 

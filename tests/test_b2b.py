@@ -150,7 +150,9 @@ def test_the_rate_warms_up_and_falls_along_a_cosine_to_zero(tiny_llama: Path, mo
     step = torch.optim.AdamW.step
 
     def spy(optimizer: torch.optim.AdamW, *args: Any) -> Any:
-        rates.append(optimizer.param_groups[0]["lr"])
+        (group,) = optimizer.param_groups
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.0)
+        rates.append(group["lr"])
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DynamicCache
 from treated import assert_same, block_inputs, correct, teacher, tokens
 
 import spd
@@ -270,6 +271,18 @@ def test_cached_generation_equals_uncached(
     for step, decoded in enumerate(made.logits):
         assert_same(decoded, logits[:, 6 + step])
     assert torch.equal(made.sequences, model.generate(ids, max_new_tokens=10, min_new_tokens=10, use_cache=False))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [CorrectionKind.shift, CorrectionKind.scale])
+@pytest.mark.parametrize("empty", [DynamicCache, lambda: None], ids=["of the user", "of transformers"])
+def test_a_cache_made_without_the_models_configuration_is_filled_as_well(
+    tiny_llama: Path, kind: CorrectionKind, empty: Callable[[], Any]
+) -> None:
+    model, ids = spd.load(tiny_llama, tp_size=4), tokens(2, 9)
+    correct(model, CorrectionConfig(kind, rank=4), [0, 1, 2])
+    output = model.hf(ids[:, :8], past_key_values=empty(), use_cache=True)
+    assert_same(model.hf(ids[:, 8:], past_key_values=output.past_key_values).logits, model(ids)[:, 8:])
 
 
 @torch.inference_mode()

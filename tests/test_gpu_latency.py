@@ -1,6 +1,7 @@
 """`latency=gpu`: what it needs, what it refuses, and where the time of a forward is said to go."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_positions_beyond_the_models_are_refused(monkeypatch: pytest.MonkeyPatch
                 latency__prompt_length=8,
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("word_embed_proj_dim", 32), ("_remove_final_layer_norm", True), ("layer_norm_elementwise_affine", False)],
+)
+def test_variants_of_opt_that_the_engine_has_not_are_refused(
+    setting: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    opt = {"model_type": "opt", **SMALL["opt"]}
+    with pytest.raises(UserError, match=rf"{setting}={value}, which latency=gpu's engine does not know; write"):
+        inputs.check(random_config(model__architecture=opt | {setting: value}, latency__prompt_length=8))
+    with pytest.raises(UserError, match=setting):
+        measure_gpu_latency(opt | {setting: value}, 2, {"0": []}, [SHAPE], **SETTINGS)
 
 
 def test_random_weights_drop_the_last_blocks_and_read_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,11 @@ def test_a_text_too_short_to_hold_some_of_it_out_is_refused_before_any_work(conf
         inputs.check(config)
     config.strategy.name = Strategy.zs  # needs no such samples
     inputs.check(config)
+    config.strategy.name, config.drop = Strategy.zs_correction, 0.0
+    inputs.check(config)
+    config.latency.name, config.latency.drops, config.latency.prompt_length = LatencyKind.cpu, [0.0, 0.5], 16
+    with pytest.raises(UserError, match="too few for"):  # corrected blocks are timed
+        inputs.check(config)
 
 
 def test_tasks_are_known_however_their_files_write_the_name(config: RunConfig, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import spd
 from spd import latency
 from spd.config import LatencyConfig
 from spd.errors import UserError
@@ -56,6 +57,40 @@ def test_a_session_times_every_arm_in_every_launch(tiny_llama: Path) -> None:
     assert (entry["source"], entry["backend"], entry["device"]) == ("measured", "gloo", "cpu")
     assert entry["launches"] == 2
     assert entry["ttft_ms"]["median"] == np.median([np.median(times) for times in session["ttft_ms"]["all"]])
+
+
+def test_every_arm_is_timed_with_its_own_blocks_dropped_and_the_slowest_rank_counts(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch.distributed as dist
+
+    from spd.model import TensorParallelLM
+
+    seen, arms = [], {"0": [], "2": [0, 2], "3": [0, 1, 2]}
+    reduced: list[Any] = []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    load, sum_over = spd.load, dist.all_reduce
+
+    def loading(*given: Any, **named: Any) -> TensorParallelLM:
+        model = load(*given, **named)
+        model.hf.register_forward_pre_hook(lambda *_: seen.append(model.dropped))
+        return model
+
+    def reducing(tensor: Any, op: Any = dist.ReduceOp.SUM) -> Any:
+        reduced.append((tensor.ndim, op))
+        return sum_over(tensor, op=op)
+
+    monkeypatch.setattr(spd, "load", loading)
+    monkeypatch.setattr(dist, "all_reduce", reducing)
+    asked = {"checkpoint": str(tiny_llama), "tp_size": 1, "arms": arms, "seed": 3, "corrections": None}
+    try:
+        found = measure_rank(SETTINGS | asked | {"repeats": 4}, lambda done, total: None)
+    finally:
+        dist.destroy_process_group()
+    forwards = [list(arms.values())[place] for repeat in range(4) for place in arm_order(3, repeat, 3)]
+    assert seen == [tuple(dropped) for dropped in forwards for _ in ("prompt", "token")]
+    assert (3, dist.ReduceOp.MAX) in reduced
+    assert [len(times) for times in found["ttft_ms"].values()] == [4, 4, 4]
 
 
 def test_launches_of_one_machine_never_overlap(

@@ -213,6 +213,7 @@ def test_a_point_s_key_does_not_change_with_what_does_not_matter(config: RunConf
     )
     config.sweep, config.parallel.port, config.latency.timeout_s = "other", 29501, 10.0
     config.parallel.name, config.eval.name, config.data.name = "four", "nothing", "elsewhere"
+    config.model.name = "renamed"
     assert run(config)["key"] == first
 
 

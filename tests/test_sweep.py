@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ import pytest
 from conftest import WORDS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from spd import figures, tracking
+from spd import figures, inputs, tracking
 from spd.config import to_dict
 from spd.errors import UserError
 from spd.paths import ROOT
@@ -270,6 +272,41 @@ def test_a_point_done_before_under_another_path_is_on_the_line_of_the_others(swe
     finish_job(sweep, 1)
     assert [record["status"] for record in sweep.records()][:2] == ["done", "done"]
     assert {record["config"]["model"]["path"] for record in sweep.records()} == {"moved"}
+
+
+def test_points_of_random_weights_that_differ_in_no_latency_are_one(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(inputs, "check_gpus", lambda tp_size: None)
+    random = ["model=llama2_7b", "weights=random", "latency=gpu", "parallel=tp2", "strategy=zs,zs_b2b", "drop=0.5"]
+    with multirun([one for one in settings if not one.startswith("model")] + random) as config:
+        sweep = compose_sweep(config)
+    sweep.begin()
+    for number in range(2):
+        finish_job(sweep, number, key="same", perplexity=None, accuracy=None)
+    assert [record["status"] for record in sweep.records()] == ["done", "done"]
+    assert sweep.finish()
+    shown = capsys.readouterr()
+    assert "2 of 2 points are done" in shown.out
+    assert "Warning" not in shown.err, "without a loss or a score there is no curve"
+
+
+@pytest.mark.parametrize("drops", ["0,0.5", "0.5,0"])
+def test_the_point_that_needs_the_most_is_checked_whatever_the_order(settings: list[str], drops: str) -> None:
+    asked = ["strategy=zs_correction", "data.recovery_samples=100000", f"drop={drops}"]
+    with multirun([*settings, *asked]) as config, pytest.raises(UserError, match="too few for"):
+        compose_sweep(config)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf/experiment").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_experiment_can_begin_where_there_are_gpus(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(inputs, "check_gpus", lambda tp_size: None)
+    params = OmegaConf.load(file)["hydra"]["sweeper"]["params"]
+    with multirun([f"experiment={file.stem}", "tracker=none", f"output_dir={tmp_path}"]) as config:
+        composed = compose_sweep(config).configs
+    assert len(composed) == math.prod(len(str(values).split(",")) for values in params.values())
 
 
 def test_a_figure_that_fails_does_not_lose_the_table(

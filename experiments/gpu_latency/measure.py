@@ -3,15 +3,14 @@
     python -m experiments.gpu_latency.measure out --models llama2_7b --tp-size 2 --interconnects native --launches 3
     python -m experiments.gpu_latency.measure out --launches 0      # out/latency.csv and the table of what is there
 
-The models, interconnects, shapes and arms of `python run.py experiment=gpu_latency`, with fewer tokens and repeats, for
-machines that have neither Hydra nor lm-eval, and with all shapes in one launch. Weights are random. `out/sessions.json`
-is written after every launch, and launches are added to what is in it: a measurement can be stopped and go on, and a
-launch that fails loses nothing else; its ranks' output is in `out/logs`. A row of the CSV is one arm of one phase:
-milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
+The models, interconnects, shapes and arms of `python run.py experiment=gpu_latency`, with fewer tokens and repeats and
+decoding beside the shorter prompt alone, for machines that have neither Hydra nor lm-eval, and with all shapes in one
+launch. Weights are random. `out/sessions.json` is written after every launch, and launches are added to what is in it:
+a measurement can be stopped and go on, and a launch that fails loses nothing else; its ranks' output is in `out/logs`.
+A row of the CSV is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ from spd.gpu.latency import Shape, check_gpus, measure_gpu_latency, merged, summ
 from spd.gpu.memory import needed
 from spd.launch import RankFailed
 from spd.paths import ROOT
+from spd.results import gpu_engine
 
 DROPS = (0.0, 0.25, 0.5, 0.7, 1.0)
 SHAPES = {
@@ -247,8 +247,7 @@ def seconds_of(entry: dict[str, Any], shapes: dict[str, Shape]) -> float | None:
 
 
 def here() -> dict[str, Any]:
-    """What this machine measures with; "engine" is a digest of `spd/gpu`."""
-    sources = b"".join(path.read_bytes() for path in sorted((ROOT / "spd/gpu").glob("*.py")))
+    """What this machine measures with."""
     smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -261,7 +260,7 @@ def here() -> dict[str, Any]:
         "nccl_nvls": os.environ.get("NCCL_NVLS_ENABLE", "by default"),
         "cudnn": torch.backends.cudnn.version(),
         "triton": version("triton"),
-        "engine": hashlib.sha256(sources).hexdigest()[:8],
+        "engine": gpu_engine(),
     }
 
 

@@ -7,7 +7,7 @@ model can run with, there are two ceilings: no all-reduce after attention in any
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -15,6 +15,9 @@ from spd.errors import UserError
 from spd.gpu.interconnect import ENVIRONMENT
 from spd.latency import CONFIDENCE, METRICS, confidence_of, lock_file, shifted
 from spd.launch import Progress, run_ranks, threads_per_rank
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CEILINGS: dict[str, dict[str, Any]] = {
     "no_attention_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False}},
@@ -71,6 +74,21 @@ class Shape(NamedTuple):
 
 def _up(length: int) -> int:
     return -(-length // 128) * 128
+
+
+def check_variant(config: "PretrainedConfig") -> None:
+    """Raises UserError where an architecture has what this engine has not, and `latency=cpu` has."""
+    lacking = {
+        "word_embed_proj_dim": getattr(config, "word_embed_proj_dim", None) in (None, config.hidden_size),
+        "_remove_final_layer_norm": not getattr(config, "_remove_final_layer_norm", False),
+        "layer_norm_elementwise_affine": getattr(config, "layer_norm_elementwise_affine", True),
+    }
+    for setting, usual in lacking.items():
+        if not usual:
+            raise UserError(
+                f"This checkpoint has {setting}={getattr(config, setting)}, which latency=gpu's engine does not know; "
+                "write latency=cpu."
+            )
 
 
 def check_gpus(tp_size: int) -> None:
@@ -165,6 +183,7 @@ def measure_gpu_latency(
 
     config = read_architecture(model) if isinstance(model, dict) else read_config(model)
     family = family_of(config)
+    check_variant(config)
     check_tp_size(family, config, tp_size)
     for shape in shapes:
         if (asked := shape.positions(new_tokens)) > (config.max_position_embeddings or asked):

@@ -3,17 +3,17 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-from spd.results import digest, made_by
+from spd.results import digest, held, made_by
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class BlockCache:
     def _path(self, parts: dict[str, Any]) -> Path:
         return self.folder / f"{digest(parts)}.safetensors"
 
-    def lock(self, parts: dict[str, Any]) -> FileLock:
+    def lock(self, parts: dict[str, Any], say: Callable[[str], None] = print) -> AbstractContextManager[None]:
         """To be held from `find` to `keep`, so that of several jobs that need a block one makes it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self._path(parts).with_suffix(".lock"))
+        return held(self._path(parts).with_suffix(".lock"), say, "treats the same block")
 
     def find(self, parts: dict[str, Any], say: Callable[[str], None] = print) -> Recovered | None:
         """The block that was kept for these parts; None if there is none, or, which is said, a damaged one or one

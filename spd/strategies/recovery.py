@@ -204,7 +204,7 @@ class _Recovery:
         }
         if cache is None:
             return self._treat(i, steps, on_epoch)
-        with cache.lock(parts):
+        with cache.lock(parts, self.say):
             found = cache.find(parts, self.say)
             if found is None:
                 found = self._treat(i, steps, on_epoch)
