@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from spd.compose import HydraError, explain, from_hydra
 from spd.errors import UserError
 from spd.progress import Display, quiet
-from spd.results import is_disk_full
+from spd.results import describe, is_disk_full
 from spd.sweep import Sweep, leave_pointer, position, print_table
 
 _GO_ON = "Finished points are kept, and the same command goes on with the rest."
@@ -31,18 +31,20 @@ _GO_ON = "Finished points are kept, and the same command goes on with the rest."
 def main(composed: DictConfig) -> None:
     """Runs one point, here or as a job of a sweep."""
     quiet()
-    # Imported late: a refused configuration should not wait for torch. A Slurm job gets this function by value.
-    from spd import inputs, point
-
     alone = HydraConfig.get().mode == RunMode.RUN
     job_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = from_hydra(composed)
+        # Imported late: a refused configuration should not wait for torch. A Slurm job gets this function by value.
+        from spd import inputs, point
+
         if alone:  # the points of a sweep are checked together, before the first one starts
             inputs.check(config)
     except UserError as error:
         if alone:
             raise SystemExit(f"Error: {error}") from error  # Hydra would print more than the sentence
+        from spd import point
+
         # What was fine when the sweep began, as a text that has gone since. The other jobs go on.
         settings: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
         leave_pointer(job_folder, point.failed_record(settings, settings["sweep"], str(error)), job_folder)
@@ -77,6 +79,8 @@ def cli() -> int | str:
                 return f"Error: {error}"  # an override that Hydra itself refuses, but not in its own terms
             if Sweep.current is None or is_disk_full(error):
                 raise
+            if not Sweep.current.started():
+                return f"Error: the launcher could not start a job ({type(error).__name__}: {error})."
             # A launcher that lost a job: what the other jobs found is summed up all the same.
             sys.stderr.write(f"Warning: the launcher gave up ({type(error).__name__}: {error}).\n")
         return 0 if Sweep.current is None or Sweep.current.finish() else 1
@@ -84,12 +88,15 @@ def cli() -> int | str:
         sys.stderr.write(f"\nStopped. {_GO_ON}\n")
         return 130
     except OSError as error:
-        if not is_disk_full(error):
-            raise
-        return f"Error: nothing more can be written ({error}). Make room. {_GO_ON}"
+        if is_disk_full(error):
+            return f"Error: nothing more can be written ({error}). Make room. {_GO_ON}"
+        if {"mkdir", "makedirs"} & {frame.name for frame in extract_tb(error.__traceback__)}:
+            return f"Error: {describe(error)}"
+        raise
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.stderr.write(f"\nStopped. {_GO_ON}\n")
     raise SystemExit(128 + number)  # an ordinary exception, so that ranks are ended and locks released on the way out
 
 

@@ -410,7 +410,7 @@ class RunConfig:
             0 <= self.drop <= 1,
             f"drop={self.drop:g} is no fraction of the blocks; give a number between 0 and 1, as in drop=0.5 for half.",
         )
-        _need(self.seed >= 0, f"seed={self.seed} is below 0; give 0 or more.")
+        _need(0 <= self.seed < 2**63, f"seed={self.seed} is no seed; give 0 or more, below 2^63.")
         _need(
             re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.sweep) is not None,
             f"sweep={self.sweep!r} cannot name a folder; use letters, digits, and any of . _ + -",

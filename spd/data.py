@@ -35,6 +35,8 @@ def load_samples(
 
 def draw_samples(tokens: Tensor, name: str, samples: int, sequence_length: int, seed: int = 0) -> Tensor:
     """As `load_samples`, from what `tokenize` gave; `name` says in errors whose text it is."""
+    if samples < 1 or sequence_length < 1:
+        raise UserError(f"{samples} samples of {sequence_length} tokens were asked for; give 1 of each or more.")
     if len(tokens) < sequence_length:
         raise UserError(
             f"{name} has {len(tokens)} tokens, fewer than one sequence of {sequence_length}; "

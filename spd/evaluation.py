@@ -1,5 +1,7 @@
 """Accuracy through lm-eval: its tasks, its scoring, its standard errors; the model is ours."""
 
+import contextlib
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -58,20 +60,21 @@ def evaluate(
     # lm-eval would bootstrap some errors in forked processes, and a fork of one that has computed with threads can wait
     # for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    results = simple_evaluate(
-        model=SpdLM(
-            model,
-            batch_size=batch_size,
-            answers=Answers(answers, lambda: manager.versions) if answers else None,
-            on_progress=on_progress or (lambda done, total: None),
-        ),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        fewshot_random_seed=seed,
-        bootstrap_iters=1000,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results, and lm-eval prints what it does
+        results = simple_evaluate(
+            model=SpdLM(
+                model,
+                batch_size=batch_size,
+                answers=Answers(answers, lambda: manager.versions) if answers else None,
+                on_progress=on_progress or (lambda done, total: None),
+            ),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            fewshot_random_seed=seed,
+            bootstrap_iters=1000,
+        )
     # lm-eval gives results to local rank 0 alone.
     scores = model.ranks.of_first({task: _score(task, results) for task in tasks} if results else {})
     errors = [score["stderr"] for score in scores.values()]

@@ -252,7 +252,8 @@ def _notes(points: pd.DataFrame, has: dict[str, bool], labelled: bool) -> str:
 
 
 def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -> None:
-    """Write each point's drop fraction beside it, where it covers no line, error bar or other label; else not at all.
+    """Write each point's drop fraction beside it, where it covers no line, error bar or other label and no other point
+    is nearer; else not at all.
 
     The panels against the drop fraction show the same points.
     """
@@ -269,7 +270,9 @@ def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -
     places = near if len(lines) > 1 else near + [(2 * dx, 2 * dy) for dx, dy in near]  # else beside the wrong line
     align = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
     done = [(line.dropna(subset=["ttft_speedup_percent", quality]), style["color"]) for line, style in lines]
-    for colour, point in [(colour, point) for line, colour in done for _, point in line.iterrows()]:
+    labelled = [(colour, point) for line, colour in done for _, point in line.iterrows()]
+    points = axes.transData.transform([(point["ttft_speedup_percent"], point[quality]) for _, point in labelled])
+    for its, (colour, point) in enumerate(labelled):
         for dx, dy in places:
             label = axes.annotate(
                 f"{100 * point['drop']:.3g}%",
@@ -284,7 +287,8 @@ def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -
             box = label.get_window_extent()
             fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
             hits = ((covered > box.min) & (covered < box.max)).all(axis=1).any()
-            if fits and not hits and not any(box.overlaps(other) for other in labels):
+            away = np.hypot(*(points - np.mean([box.min, box.max], axis=0)).T)
+            if fits and not hits and away.argmin() == its and not any(box.overlaps(other) for other in labels):
                 labels.append(box)
                 break
             label.remove()

@@ -74,6 +74,12 @@ def check(config: RunConfig, here: bool = True) -> None:
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
     for setting in ("path", "heldout_path"):
+        tokens = len(_tokens(_documents(config, setting), folder, texts_digest(folder)))
+        if config.data.samples > max(tokens, 1):
+            raise UserError(
+                f"{_text_name(config, setting)} has {tokens} tokens, fewer than data.samples={config.data.samples}; "
+                "most samples would be the same. Give fewer, or a longer text."
+            )
         samples_of(config, setting, folder)
     # With corrections, which cost time, the blocks of every fraction that is timed are treated.
     timed = config.latency.drops if config.latency.name is LatencyKind.cpu else []

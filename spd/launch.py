@@ -175,7 +175,8 @@ def _wait(agent: "subprocess.Popen[bytes]", folder: Path, timeout_s: float, on_p
     while agent.poll() is None:
         if time.monotonic() > deadline:
             raise RankFailed(
-                f"the launch did not end within {timeout_s:g} s; all ranks were killed.\n{_stacks(folder)}"
+                f"the launch did not end within {timeout_s:g} s (latency.timeout_s); all ranks were killed.\n"
+                f"{_stacks(folder)}"
             )
         time.sleep(_POLL_S)
         if on_progress is not None and (folder / "progress.json").exists():

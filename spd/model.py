@@ -186,6 +186,8 @@ class TensorParallelLM(nn.Module):
         Raises:
             UserError: a block that does not exist.
         """
+        if isinstance(blocks, int):
+            raise UserError(f"drop takes a list of blocks; write drop([{blocks}]).")
         strangers = sorted(set(blocks) - set(range(self.num_blocks)))
         if strangers:
             raise UserError(f"There is no block {strangers[0]}; this model's blocks are 0 to {self.num_blocks - 1}.")

@@ -110,13 +110,14 @@ class DropPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> "DropPlan":
-        """Reads a plan.
+        """Reads a plan, or that of a point's record (result.json).
 
         Raises:
             UserError: not a plan of this format.
         """
         try:
             fields = json.loads(Path(path).read_text())
+            fields = fields.get("plan") or fields
             if fields["format"] != 2:
                 raise ValueError(f"format {fields['format']}, this version reads 2")
             for name in ("treatment", "classes", "outcomes"):  # JSON has no integer keys

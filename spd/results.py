@@ -106,6 +106,11 @@ def held(path: Path, say: Callable[[str], None], what: str) -> Iterator[None]:
         lock.release()
 
 
+def describe(error: OSError) -> str:
+    """What a file or folder could not be used for, to a user."""
+    return f"{error.filename} cannot be used ({error.strerror}); if it is to hold results, give another output_dir."
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that no more can be written: no space, quota, or file size limit."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

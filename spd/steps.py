@@ -143,9 +143,9 @@ class Steps:
         order = self.config.strategy.order.name
 
         def measure() -> dict[str, Any]:
-            samples = samples_of(self.config, "path", self.folder)
+            samples, model = samples_of(self.config, "path", self.folder), self.model
             self.display.step("measuring sensitivities")
-            return measure_sensitivity(self.model, samples, order=order, on_progress=self.display).to_dict()
+            return measure_sensitivity(model, samples, order=order, on_progress=self.display).to_dict()
 
         parts = {**self._model_parts, **self._samples_parts, "order": order, "text": self.files["calibration"]}
         return self.results.cached("sensitivity", parts, measure)
@@ -166,6 +166,11 @@ class Steps:
         """The plan, with what came of the blocks it treats."""
         plan = self.plan(self.config.drop)
         if set(plan.treatment.values()) <= {"zs"}:
+            if plan.dropped and plan.strategy != "zs":
+                self.display.say(
+                    f"{plan.strategy} is zs here: no dropped block is sensitive enough to be treated (strategy.tau1="
+                    f"{plan.tau1:g}, strategy.tau2={plan.tau2:g}; lower ones treat more)."
+                )
             return plan.to_dict()  # nothing to do, so nothing to load
 
         def prepare() -> dict[str, Any]:
@@ -202,9 +207,9 @@ class Steps:
     @property
     def perplexity(self) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            samples = samples_of(self.config, "heldout_path", self.folder)
+            samples, model = samples_of(self.config, "heldout_path", self.folder), self.prepared
             self.display.step("measuring perplexity")
-            value = perplexity(self.prepared, samples)
+            value = perplexity(model, samples)
             assert math.isfinite(value), f"perplexity {value}"  # JSON would keep it as a gap in a finished record
             return {"value": value, "tokens": samples.shape[0] * (samples.shape[1] - 1)}
 

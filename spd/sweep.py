@@ -12,6 +12,7 @@ job leaves the place of its record.
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from rich.table import Table
 from spd.compose import HydraError, explain, from_hydra
 from spd.config import LatencyKind, RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
-from spd.results import Record, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
+from spd.results import Record, describe, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,8 +53,8 @@ class Sweep:
     def begin(self) -> None:
         """Takes the folder until `finish` and writes down which points there are.
 
-        What an earlier sweep of this name left there goes: which points its jobs were, its table and its figure. The
-        records are kept elsewhere.
+        Which points an earlier sweep of this name had is forgotten there, and its table and figure are put aside, as
+        `points.previous.csv` and so on. The records are kept elsewhere.
 
         Raises:
             UserError: another process runs a sweep of this name.
@@ -64,13 +65,20 @@ class Sweep:
         except Timeout as error:
             name = self.configs[0].sweep
             raise UserError(f"sweep {name} is running (in {self.folder}); give sweep=<another name>.") from error
-        for file in (*self.folder.glob(f"*/{POINTER_FILE}"), self.folder / CSV_FILE, self.folder / PNG_FILE):
+        for file in self.folder.glob(f"*/{POINTER_FILE}"):
             file.unlink(missing_ok=True)
+        for name in (CSV_FILE, PNG_FILE):
+            if (file := self.folder / name).exists():
+                file.replace(file.with_stem(f"{file.stem}.previous"))
         points = [
             {"overrides": overrides, "config": to_dict(config)}
             for overrides, config in zip(self.overrides, self.configs, strict=True)
         ]
         write_json(self.folder / POINTS_FILE, points)
+
+    def started(self) -> bool:
+        """Whether a job of it has a folder."""
+        return any((self.folder / str(number)).exists() for number in range(len(self.configs)))
 
     def records(self) -> list[Record]:
         """One record a point, in the order of the sweep; a point without one counts as failed and says why."""
@@ -140,6 +148,8 @@ class SweepCallback(Callback):
         except Exception as error:
             if is_disk_full(error):
                 raise SystemExit(f"Error: nothing more can be written ({error}). Make room.") from error
+            if isinstance(error, OSError) and error.filename:
+                raise SystemExit(f"Error: {describe(error)}") from error
             raise SystemExit(traceback.format_exc()) from error
         Sweep.current = sweep
         note = lone_sessions(sweep.configs)
@@ -243,18 +253,25 @@ def print_table(records: list[Record], title: str | None = None) -> None:
     frame = to_frame(records)
     table = Table(title=title, title_justify="left")
     varying = [name for name in line_columns(frame) if frame[name].nunique() > 1]
-    for name in [*varying, "drop", "blocks", "accuracy", "perplexity", "TTFT ms", "TPOT ms", "TTFT speed-up", "status"]:
+    columns: dict[str, Callable[[Any], str]] = {
+        "blocks": lambda row: _number(row["num_dropped"], "{:.0f}"),
+        "accuracy": lambda row: (
+            _number(row["accuracy_mean"], "{:.3f}") + _number(row["accuracy_mean_stderr"], " ± {:.3f}", "")
+        ),
+        "perplexity": lambda row: _number(row["perplexity"], "{:.3f}"),
+        "TTFT ms": lambda row: _interval(row, "ttft_ms", "{:.1f}"),
+        "TPOT ms": lambda row: _interval(row, "tpot_ms", "{:.2f}"),
+        "TTFT speed-up": lambda row: _interval(row, "ttft_speedup_percent", "{:+.1f}", " %"),
+    }
+    cells = {name: [cell(row) for _, row in frame.iterrows()] for name, cell in columns.items()}
+    measured = [name for name, column in cells.items() if set(column) != {"-"}]
+    for name in [*varying, "drop", *measured, "status"]:
         table.add_column(name, justify="left" if name in (*varying, "status") else "right")
-    for _, row in frame.iterrows():
+    for place, (_, row) in enumerate(frame.iterrows()):
         table.add_row(
             *[str(row[name]) for name in varying],
             f"{row['drop']:g}",
-            _number(row["num_dropped"], "{:.0f}"),
-            _number(row["accuracy_mean"], "{:.3f}") + _number(row["accuracy_mean_stderr"], " ± {:.3f}", ""),
-            _number(row["perplexity"], "{:.3f}"),
-            _interval(row, "ttft_ms", "{:.1f}"),
-            _interval(row, "tpot_ms", "{:.2f}"),
-            _interval(row, "ttft_speedup_percent", "{:+.1f}", " %"),
+            *[cells[name][place] for name in measured],
             row["status"],
         )
     # A pipe has no width; a table cut at 80 columns would be unreadable.

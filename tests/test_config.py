@@ -93,6 +93,7 @@ def test_quickstart_sweeps_seven_fractions_without_being_told_to() -> None:
         ("drop=-0.1", ["drop=-0.1", "between 0 and 1"]),
         ("drop=nan", ["between 0 and 1"]),
         ("seed=-1", ["seed=-1", "0 or more"]),
+        ("seed=99999999999999999999", ["seed=99999999999999999999", "below 2^63"]),
         ("sweep=a/b", ["sweep='a/b'", "letters"]),
         ("parallel.tp_size=0", ["parallel.tp_size=0", "1 or more"]),
         ("parallel.port=80", ["parallel.port=80", "0"]),

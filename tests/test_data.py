@@ -28,6 +28,12 @@ def test_samples_are_windows_of_the_joined_documents(text: Path) -> None:
     assert {tuple(s) for s in samples.tolist()} == windows
 
 
+@pytest.mark.parametrize(("samples", "length"), [(0, 8), (-4, 8), (4, 0)])
+def test_less_than_one_sample_or_token_is_refused(text: Path, samples: int, length: int) -> None:
+    with pytest.raises(spd.UserError, match="give 1 of each or more"):
+        load_samples(text, make_tokenizer(), samples=samples, sequence_length=length)
+
+
 def test_samples_do_not_overlap_where_the_text_has_room(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(" ".join(f"word{i}" for i in range(48)))  # 50 tokens, all different
     for seed in range(20):

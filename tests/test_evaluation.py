@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,12 +18,13 @@ from spd.evaluation import evaluate
 
 @pytest.mark.parametrize("family", ["llama", "opt"])  # a Qwen2 folder cannot carry the tests' tokenizer
 def test_with_nothing_dropped_scores_equal_lm_evals_own_model(
-    checkpoint: Callable[..., Path], family: str, tasks: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], family: str, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     folder = checkpoint(family)
     names = ["toy_choice", "toy_last", "toy_summary"]
     ours = evaluate(spd.load(folder, tp_size=4), names, include_path=tasks, batch_size=8)
+    assert capsys.readouterr().out == "", "standard output is for results"
     own = simple_evaluate(
         model=HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8),
         tasks=names,

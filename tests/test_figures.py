@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
+from spd import figures
 from spd.errors import UserError
 from spd.figures import _lines, _notes, plot_curve, plot_sensitivity, read_points
 from spd.plan import ModelIdentity
@@ -185,3 +187,26 @@ def test_accuracy_has_its_standard_error_as_bars(monkeypatch: pytest.MonkeyPatch
     of_accuracy = [bars for values, bars in drawn if values == points["accuracy_mean"].tolist()]
     assert of_accuracy
     assert all(bars == [0.01, 0.02, 0.03, 0.04, 0.05] for bars in of_accuracy)
+
+
+def test_a_label_is_nearer_to_its_own_point_than_to_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Two points almost upon each other, as in experiments/quickstart.
+    points = make_points().assign(
+        ttft_speedup_percent=[0, 9.5, 15.46, 15.43, 25], accuracy_mean=[0.93, 0.93, 0.921, 0.924, 0.76]
+    )
+    found: list[tuple[str, str]] = []
+    save = figures._save
+
+    def look(figure: Any, path: Any) -> None:
+        axes = figure.axes[0]
+        places = axes.transData.transform(points[["ttft_speedup_percent", "accuracy_mean"]])
+        for text in axes.texts:
+            box = text.get_window_extent()
+            away = np.hypot(*(places - np.mean([box.min, box.max], axis=0)).T)
+            found.append((text.get_text(), f"{100 * points['drop'][away.argmin()]:.3g}%"))
+        save(figure, path)
+
+    monkeypatch.setattr(figures, "_save", look)
+    plot_curve(points, tmp_path / "curve.png")
+    assert len(found) >= 3
+    assert all(label == nearest for label, nearest in found)

@@ -21,6 +21,7 @@ from spd.sensitivity import SensitivityReport
         (lambda c: Path(c.data.path).write_text(""), "no text"),
         (lambda c: Path(c.data.heldout_path).write_text("word1"), "fewer than one sequence"),
         (lambda c: setattr(c.data, "sequence_length", 65), "give at most 64"),
+        (lambda c: setattr(c.data, "samples", 100_000_000), "tokens, fewer than data.samples=100000000"),
         (lambda c: setattr(c.latency, "name", LatencyKind.cpu), "latency.prompt_length"),
     ],
 )

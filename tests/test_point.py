@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from spd import point, results, steps, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Strategy, Tracker
 from spd.launch import RankFailed
+from spd.plan import DropPlan
 from spd.progress import Display
 from spd.results import Record
 from spd.strategies.correction import Correction
@@ -94,7 +95,18 @@ def test_a_record_holds_what_determined_it_and_what_it_found(config: RunConfig, 
     assert record["environment"]["versions"]["torch"]
     folder = tmp_path / "runs" / "points" / record["key"]
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(record))
+    assert DropPlan.load(folder / "result.json").dropped == record["plan"]["dropped"]
     assert "drop: 0.5" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_a_strategy_that_treats_no_block_of_a_plan_says_so(
+    config: RunConfig, run: Any, output: io.StringIO, strategy: Strategy
+) -> None:
+    config.strategy.name, config.strategy.tau1, config.strategy.tau2 = strategy, 1e6, 1e9
+    assert run(config)["status"] == "done"
+    said = f"{strategy.name} is zs here: no dropped block is sensitive enough to be treated (strategy.tau1=1e+06"
+    assert (said in output.getvalue()) == (strategy is not Strategy.zs)
 
 
 def test_a_finished_point_is_not_computed_again(

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 
 import run
 from spd.compose import from_hydra
+from spd.config import RunConfig
 from spd.paths import ROOT
 from spd.sweep import Sweep
 
@@ -195,6 +196,9 @@ def test_when_the_launcher_gives_up_the_sweep_is_summed_up_all_the_same(
     class Rest:
         finished = False
 
+        def started(self) -> bool:
+            return True
+
         def finish(self) -> bool:
             self.finished = True
             return False
@@ -208,6 +212,27 @@ def test_when_the_launcher_gives_up_the_sweep_is_summed_up_all_the_same(
     assert run.cli() == 1
     assert rest.finished
     assert "the launcher gave up (RuntimeError: job 7 was cancelled)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_launcher_that_starts_no_job_is_said_instead_of_a_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing() -> None:
+        raise RuntimeError('Could not detect "srun"')
+
+    monkeypatch.setattr(run, "main", missing)
+    monkeypatch.setattr(run.Sweep, "current", Sweep(tmp_path, [["drop=0"]], [RunConfig()]))
+    assert run.cli() == 'Error: the launcher could not start a job (RuntimeError: Could not detect "srun").'
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_a_folder_that_cannot_hold_results_is_one_sentence(runner: Runner, multirun: list[str]) -> None:
+    runner.runs.write_text("a file")
+    status, _, said = runner.run(*multirun, "drop=0")
+    assert status == 1
+    assert "cannot be used (Not a directory); if it is to hold results, give another output_dir." in said
+    assert "Traceback" not in said
 
 
 def test_a_text_that_vanishes_during_a_sweep_fails_its_points_only(
