@@ -103,16 +103,17 @@ class Checkpoint:
         missing = sorted(name for name in shapes if not self.has(name))
         if missing:
             raise UserError(
-                f"{self.folder}: {len(missing)} tensors of the model are not in its weights, {missing[0]!r} first."
+                f"{self.folder}: {len(missing)} tensors of the model are not in its weights, {missing[0]!r} first; "
+                "config.json is of another model, or files are missing. Copy the folder anew."
             )
         wrong = sorted(name for name, shape in shapes.items() if self.shapes[self._stored(name)] != shape)
         if wrong:
             name = wrong[0]
             raise UserError(
                 f"{self.folder}: {len(wrong)} tensors do not fit config.json; {name!r} is "
-                f"{list(self.shapes[self._stored(name)])} in the file and {list(shapes[name])} by the config."
+                f"{list(self.shapes[self._stored(name)])} in the file and {list(shapes[name])} by the config, "
+                "which is of another model. Copy the folder anew."
             )
-
         odd = sorted(name for name in shapes if self._types[self._stored(name)] not in _FLOATS)
         if odd:
             stored = self._types[self._stored(odd[0])]

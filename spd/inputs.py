@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd import checkpoint
 from spd.checkpoint import Checkpoint, read_architecture, read_config, read_tokenizer
@@ -54,7 +54,10 @@ def check(config: RunConfig, here: bool = True) -> None:
     check_tp_size(family_of(hf), hf, tp_size)
     if config.latency.name is LatencyKind.gpu:
         check_variant(hf)
-    Checkpoint(folder)  # opens every weight file, reads headers only
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(hf)
+    # Opens every weight file, and reads headers only.
+    Checkpoint(folder).expect({name: tuple(weight.shape) for name, weight in whole.named_parameters()})
     if (folder / PLAN_FILE).is_file():
         plan = DropPlan.load(folder / PLAN_FILE)
         if plan.tp_size != tp_size:

@@ -46,6 +46,23 @@ def test_weights_that_are_cut_short_or_missing_are_refused_before_any_work(confi
         inputs.check(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"intermediate_size": 96}, "tensors do not fit config.json; 'model.layers.0.mlp.down_proj.weight' is"),
+        ({"num_hidden_layers": 5}, "tensors of the model are not in its weights, 'model.layers.3"),
+    ],
+)
+def test_weights_of_another_model_than_the_config_s_are_refused_before_any_work(
+    config: RunConfig, own_model: Path, changes: dict[str, int], said: str
+) -> None:
+    inputs.check(config)
+    file = own_model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=said):
+        inputs.check(config)
+
+
 def test_a_damaged_tokenizer_is_refused_before_any_work(config: RunConfig, own_model: Path) -> None:
     (own_model / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer"):
