@@ -22,7 +22,8 @@ from spd.compose import HydraError, explain, from_hydra
 from spd.errors import UserError
 from spd.progress import Display, quiet
 from spd.results import describe, is_disk_full
-from spd.sweep import Sweep, leave_pointer, position, print_table
+from spd.sweep import Sweep, leave_pointer, position
+from spd.tables import print_table
 
 _GO_ON = "Finished points are kept, and the same command goes on with the rest."
 

@@ -12,7 +12,6 @@ job leaves the place of its record.
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +23,15 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from spd.compose import HydraError, explain, from_hydra
 from spd.config import LatencyKind, RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.results import Record, describe, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
+from spd.tables import print_table
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 POINTS_FILE = "points.json"
 POINTER_FILE = "point.json"
@@ -246,65 +245,3 @@ def leave_pointer(job_folder: Path, record: Record, output_dir: Path) -> None:
     if not record["key"]:
         write_json(path, record)
     write_json(job_folder / POINTER_FILE, {"record": str(path.resolve()), "status": record["status"]})
-
-
-def print_table(records: list[Record], title: str | None = None) -> None:
-    """Records in the terminal: what dropping costs, what it buys, how sure that is."""
-    frame = to_frame(records)
-    table = Table(title=title, title_justify="left")
-    varying = [name for name in line_columns(frame) if frame[name].nunique() > 1]
-    columns: dict[str, Callable[[Any], str]] = {
-        "blocks": lambda row: _number(row["num_dropped"], "{:.0f}"),
-        "accuracy": lambda row: (
-            _number(row["accuracy_mean"], "{:.3f}") + _number(row["accuracy_mean_stderr"], " ± {:.3f}", "")
-        ),
-        "perplexity": lambda row: _number(row["perplexity"], "{:.3f}"),
-        "TTFT ms": lambda row: _interval(row, "ttft_ms", "{:.1f}"),
-        "TPOT ms": lambda row: _interval(row, "tpot_ms", "{:.2f}"),
-        "TTFT speed-up": lambda row: _interval(row, "ttft_speedup_percent", "{:+.1f}", " %"),
-    }
-    cells = {name: [cell(row) for _, row in frame.iterrows()] for name, cell in columns.items()}
-    measured = [name for name, column in cells.items() if set(column) != {"-"}]
-    for name in [*varying, "drop", *measured, "status"]:
-        table.add_column(name, justify="left" if name in (*varying, "status") else "right")
-    for place, (_, row) in enumerate(frame.iterrows()):
-        table.add_row(
-            *[str(row[name]) for name in varying],
-            f"{row['drop']:g}",
-            *[cells[name][place] for name in measured],
-            row["status"],
-        )
-    # A pipe has no width; a table cut at 80 columns would be unreadable.
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)
-    if frame["accuracy_mean"].notna().any():
-        console.print(_by_task(frame, varying))
-
-
-def _by_task(frame: "pd.DataFrame", varying: list[str]) -> Table:
-    """Each task's score and lm-eval's standard error, beside the mean."""
-    columns = list(frame.columns)
-    tasks = columns[columns.index("accuracy_mean_stderr") + 1 : columns.index("ttft_ms") : 2]
-    table = Table(title="Accuracy by task, ± lm-eval's standard error", title_justify="left")
-    for name in [*varying, "drop", *tasks, "mean"]:
-        table.add_column(name, justify="left" if name in varying else "right", overflow="fold")
-    for _, row in frame.iterrows():
-        scores = [
-            _number(row[name], "{:.3f}") + _number(row[f"{name}_stderr"], " ± {:.3f}", "")
-            for name in [*tasks, "accuracy_mean"]
-        ]
-        table.add_row(*[str(row[name]) for name in varying], f"{row['drop']:g}", *scores)
-    return table
-
-
-def _number(value: Any, form: str, missing: str = "-") -> str:
-    return missing if value is None or value != value else form.format(value)
-
-
-def _interval(row: Any, name: str, form: str, unit: str = "") -> str:
-    if row[name] is None or row[name] != row[name]:
-        return "-"
-    low, high = _number(row[f"{name}_low"], form), _number(row[f"{name}_high"], form)
-    return f"{form.format(row[name])}{unit}" + (f" [{low}, {high}]" if low != "-" else "")

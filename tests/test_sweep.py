@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from spd.errors import UserError
 from spd.paths import ROOT
 from spd.point import failed_record
 from spd.results import Record, Results
-from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, lone_sessions, position, print_table
+from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, lone_sessions, position
 from spd.sweep import compose as compose_sweep
+from spd.tables import print_table
 
 
 @pytest.fixture
@@ -362,3 +364,31 @@ def test_each_tasks_score_and_error_stand_beside_the_mean(sweep: Sweep, capsys: 
     assert titles.split()[1::2] == ["drop", "toy_choice", "toy_last", "mean"]
     row = next(line for line in lines if "0.250" in line)
     assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.250 ± 0.500", "0.750", "0.500 ± 0.125"]
+
+
+def test_in_a_narrow_terminal_numbers_come_before_errors_and_nothing_is_cut(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    record = make_record(sweep, 1)
+    latency = {"median": 12.34, "low": 11.0, "high": 13.0}
+    record["latency"] = {"ttft_ms": latency, "tpot_ms": latency, "ttft_speedup_percent": latency}
+    record["accuracy"]["tasks"] = {f"rw_task_{n}": {"value": 0.25, "stderr": 0.5} for n in range(9)}
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal is taken
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table([record])
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    shown = "\n".join(lines)
+    for whole in ("perplexity", "TTFT speed-up", "12.3", "12.34", "+12.3 %", "0.700", "done"):
+        assert whole in shown
+    assert "…" not in shown
+    assert "±" not in shown
+    assert shown.count("0.250") == 9
+    assert "Errors and intervals need a wider terminal" in shown
+
+
+def test_what_was_not_measured_has_no_column(sweep: Sweep, capsys: Any) -> None:
+    print_table([make_record(sweep, 0)])
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown
+    assert "TTFT" not in shown
