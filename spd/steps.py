@@ -280,7 +280,7 @@ class Steps:
                 self._apply(self._load(), widest).save_corrections(corrections)
                 if not corrections.is_file():  # none was kept
                     corrections = None
-            self.display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} ranks")
+            self.display.step(f"measuring latency, launches: {settings.launches}, ranks: {parallel.tp_size}")
             return measure_latency(
                 self.folder,
                 parallel.tp_size,

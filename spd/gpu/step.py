@@ -45,7 +45,7 @@ def gpu_latency(
     shape = Shape(settings.batch_size, settings.prompt_length, decode_at, settings.repeats, settings.blocks_alone)
 
     def measure() -> dict[str, Any]:
-        display.step(f"measuring latency, {settings.launches} launches of {parallel.tp_size} GPUs")
+        display.step(f"measuring latency, launches: {settings.launches}, GPUs: {parallel.tp_size}")
         (session,) = measure_gpu_latency(
             model,
             parallel.tp_size,
