@@ -11,6 +11,7 @@ Legend: B batch, T tokens, V vocabulary.
 import copy
 import difflib
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -94,7 +95,8 @@ class SpdLM(HFLM):
                     "save the model with save_pretrained and give that folder as pretrained."
                 )
             if str(device).startswith("cuda") and not torch.cuda.is_available():
-                device = None  # what lm-eval's command says where nothing was asked for
+                logging.getLogger(__name__).warning("torch sees no GPU here: the CPU evaluates instead of %s.", device)
+                device = None  # lm-eval's command says cuda where nothing was asked for
             assert pretrained is not None
             size = given.tp_size if tp_size is None and given else tp_size
             model = load(pretrained, size, ranks, None if dtype == "auto" else dtype, device)

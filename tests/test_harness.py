@@ -219,6 +219,14 @@ def test_a_model_is_not_given_another_tp_size_or_plan_and_keeps_its_tokenizer(ti
     assert model.tokenizer.pad_token is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_not_there_is_said(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    SpdLM(str(tiny_llama), tp_size=2, device="cpu")
+    assert not caplog.messages
+    assert SpdLM(str(tiny_llama), tp_size=2, device="cuda").device.type == "cpu"
+    assert caplog.messages == ["torch sees no GPU here: the CPU evaluates instead of cuda."]
+
+
 def test_processes_that_would_each_evaluate_the_whole_model_are_refused(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
