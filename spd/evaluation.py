@@ -88,35 +88,33 @@ def evaluate(
 
 
 def _score(task: str, results: dict[str, Any]) -> dict[str, Any]:
-    # lm-eval names a number "metric,filter" and its error "metric_stderr,filter".
-    raw = results["results"].get(task, {}) | results.get("groups", {}).get(task, {})
-    metrics = {key.removesuffix(",none"): value for key, value in raw.items() if isinstance(value, float)}
+    metrics = _metrics(task, results)
     main = next((key for name in MAIN_METRICS for key in metrics if key.partition(",")[0] == name), None)
     if main is None:
         raise UserError(
             f"The task {task!r} reports none of {', '.join(MAIN_METRICS)}, but {', '.join(sorted(metrics))}."
         )
-    name, _, filtered = main.partition(",")
-    filtered = filtered or "none"
-    error = f"{name}_stderr,{filtered}".removesuffix(",none")
+    name, *filters = main.split(",")
+    error = ",".join([f"{name}_stderr", *filters])
 
     def part(member: str) -> dict[str, Any]:
-        of_part = results["results"].get(member, {})
-        return {
-            "value": of_part.get(f"{name},{filtered}"),
-            "stderr": of_part.get(f"{name}_stderr,{filtered}"),
-            "items": sum(results["n-samples"][one]["effective"] for one in _members(member, results)),
-        }
+        found = _metrics(member, results)
+        items = sum(results["n-samples"][one]["effective"] for one in _members(member, results))
+        return {"value": found.get(main), "stderr": found.get(error), "items": items}
 
     return {
         "metric": main,
-        "value": metrics[main],
-        "stderr": metrics.get(error),
-        "items": part(task)["items"],
-        "scores": " ".join(f"{score:g}" for score in _scores(task, name, filtered, results)),
+        **part(task),
+        "scores": " ".join(f"{score:g}" for score in _scores(task, name, ",".join(filters) or "none", results)),
         "metrics": metrics,
         "parts": {member: part(member) for member in _inside(task, results)},
     }
+
+
+def _metrics(task: str, results: dict[str, Any]) -> dict[str, float]:
+    # lm-eval names a number "metric,filter" and its error "metric_stderr,filter", which is a word where it has none.
+    raw = results["results"].get(task, {}) | results.get("groups", {}).get(task, {})
+    return {key.removesuffix(",none"): value for key, value in raw.items() if isinstance(value, float)}
 
 
 def _scores(task: str, metric: str, filtered: str, results: dict[str, Any]) -> list[float]:

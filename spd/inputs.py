@@ -77,8 +77,8 @@ def check(config: RunConfig, here: bool = True) -> None:
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
     for setting in ("path", "heldout_path"):
-        tokens = len(_tokens(_documents(config, setting), folder, texts_digest(folder)))
-        if config.data.samples > max(tokens, 1):
+        tokens = _length(config, setting, folder)
+        if config.data.samples > tokens:
             raise UserError(
                 f"{_text_name(config, setting)} has {tokens} tokens, fewer than data.samples={config.data.samples}; "
                 "most samples would be the same. Give fewer, or a longer text."
@@ -112,11 +112,16 @@ def _check_lengths(lengths: dict[str, int], hf: PretrainedConfig, model: str) ->
             raise UserError(f"{setting} is {length}, and {model} takes {most} positions; give at most {most}.")
 
 
+def _length(config: RunConfig, setting: str, folder: Path) -> int:
+    """Tokens in the text of a setting."""
+    return len(_tokens(_documents(config, setting), folder, texts_digest(folder)))
+
+
 def _check_recovery_text(config: RunConfig, folder: Path) -> None:
     """Raises UserError where the windows of the calibration text would overlap: the held-out ones could not judge."""
     data = config.data
     needed = data.recovery_samples * data.sequence_length
-    tokens = len(_tokens(_documents(config, "path"), folder, texts_digest(folder)))
+    tokens = _length(config, "path", folder)
     if tokens < needed:
         raise UserError(
             f"{_text_name(config, 'path')} has {tokens} tokens, too few for data.recovery_samples="

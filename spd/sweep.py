@@ -14,7 +14,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
@@ -29,9 +29,6 @@ from spd.config import LatencyKind, RunConfig, dump_yaml, to_dict
 from spd.errors import UserError
 from spd.results import Record, describe, is_disk_full, line_columns, read_record, to_frame, write_json, write_text
 from spd.tables import print_table
-
-if TYPE_CHECKING:
-    pass
 
 POINTS_FILE = "points.json"
 POINTER_FILE = "point.json"

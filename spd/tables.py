@@ -24,15 +24,16 @@ def print_table(records: list[Record], title: str | None = None) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
+    tables = {_points: title}
+    if frame["accuracy_mean"].notna().any():
+        tables[_tasks] = "Accuracy by task"
     narrow = False
-    for fill in [_points, *[_tasks] * bool(frame["accuracy_mean"].notna().any())]:
-        table = Table(title=title if fill is _points else "Accuracy by task, ± lm-eval's standard error")
+    for fill, heading in tables.items():
+        table = Table(title=heading, title_justify="left")
         fill(table, frame, varying, spread=True)
         if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
-            table, narrow = Table(title=title if fill is _points else "Accuracy by task", box=box.SIMPLE), True
-            table.padding = (0, 1, 0, 0)
+            table, narrow = Table(title=heading, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)), True
             fill(table, frame, varying, spread=False)
-        table.title_justify = "left"
         console.print(table)
     if narrow:
         console.print("Errors and intervals need a wider terminal; they are in the CSV and the records.")
@@ -66,6 +67,8 @@ def _tasks(table: Table, frame: "pd.DataFrame", varying: list[str], spread: bool
     """Each task's score, beside the mean; with `spread`, lm-eval's standard error too."""
     columns = list(frame.columns)
     tasks = columns[columns.index("accuracy_mean_stderr") + 1 : columns.index("ttft_ms") : 2]
+    if spread:
+        table.title = f"{table.title}, ± lm-eval's standard error"
     for name in [*varying, "drop", *tasks, "mean"]:
         heading = name if spread else name.replace("_", "_\n")
         table.add_column(heading, justify="left" if name in varying else "right", overflow="fold")

@@ -78,16 +78,15 @@ def _up(length: int) -> int:
 
 def check_variant(config: "PretrainedConfig") -> None:
     """Raises UserError where an architecture has what this engine has not, and `latency=cpu` has."""
-    lacking = {
-        "word_embed_proj_dim": getattr(config, "word_embed_proj_dim", None) in (None, config.hidden_size),
-        "_remove_final_layer_norm": not getattr(config, "_remove_final_layer_norm", False),
-        "layer_norm_elementwise_affine": getattr(config, "layer_norm_elementwise_affine", True),
+    known = {
+        "word_embed_proj_dim": config.hidden_size,
+        "_remove_final_layer_norm": False,
+        "layer_norm_elementwise_affine": True,
     }
-    for setting, usual in lacking.items():
-        if not usual:
+    for setting, value in known.items():
+        if (its := getattr(config, setting, value)) != value:
             raise UserError(
-                f"This checkpoint has {setting}={getattr(config, setting)}, which latency=gpu's engine does not know; "
-                "write latency=cpu."
+                f"This checkpoint has {setting}={its}, which latency=gpu's engine does not know; write latency=cpu."
             )
 
 
