@@ -179,8 +179,17 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
     assert probe.table(gpu_record("h200x2/all_reduce")) in readme
     assert set(latest["gpu"]) == {"NVIDIA H200"}
     assert set(latest["date"]) == {"2026-11-28"}
-    assert set(latest["engine"]) == {"89ada120"}
-    assert set(latest["launches"].where(latest["launches"] != 1).dropna()) == {2}
+    newer = latest["model"].str.startswith("opt") & (latest["interconnect"] == "native")
+    assert set(latest[newer]["engine"]) == {"3be468d4"}
+    assert set(latest[~newer]["engine"]) == {"89ada120"}
+    first = latest[latest["batch_size"].eq(1) & latest["prompt_length"].eq(128)]
+    assert first.groupby(["model", "interconnect"])["launches"].unique()[lambda of: of.str[0] > 1].to_dict() == {
+        ("llama2_7b", "native"): [2],
+        ("llama2_7b", "lbw"): [3],
+        ("llama2_70b", "native"): [3],
+        ("llama2_70b", "lbw"): [3],
+    }
+    assert set(latest["launches"].drop(first.index)) == {1}
     assert len(latest.groupby(["model", "interconnect", "batch_size", "prompt_length", "metric"])) == 7 * 2 * 6
     latest = latest.set_index(["model", "interconnect", "batch_size", "prompt_length", "metric", "arm"]).sort_index()
     # Decoder blocks alone against the prototype's, whole forwards against their floors.
@@ -207,7 +216,7 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
     links = everything.index.get_level_values("interconnect")
     assert everything[links == "lbw"].min() >= 0.95
     assert "it is {:.0f} to {:.0f} %".format(*(100 * everything[links == "lbw"].agg(["min", "max"]))) in readme
-    assert (everything[links == "native"] < 0.95).sum() == 16
+    assert (everything[links == "native"] < 0.95).sum() == 11
     assert (links == "native").sum() == 42
     first = ("llama2_7b", "native", 1, 128)
     theirs = latest["times_ours_median"]
@@ -215,9 +224,9 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
     assert "{:.1f} and {:.1f} times".format(*(theirs[*first, of, "tp_plan"] for of in ("ttft_ms", "tpot_ms"))) in readme
     sevens = [gpu_sessions("h200x2")[f"llama2_7b tp2 {link}"]["sessions"]["1x128"] for link in ("native", "lbw")]
     alone = [np.median(launch) for session in sevens for launch in session["tpot_ms"]["no_all_reduce"]]
-    assert "a token takes {:.2f}, {:.2f} and {:.2f} ms".format(*alone) in readme
+    assert "a token takes {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f} ms".format(*alone) in readme
     products = [launch["decode"] for session in sevens for launch in session["kernels"]]
-    assert [[of["mlp_input"], of["mlp_output"]].count("tuned") for of in products] == [0, 2, 1]
+    assert [[of["mlp_input"], of["mlp_output"]].count("tuned") for of in products] == [0, 1, 2, 1, 1]
     shapes = ((1, 128), (16, 128), (1, 2048), (16, 2048))
     for arm, said in {
         "56": "{:.1f} % shorter (128 tokens, batch 1), {:.1f} % (batch 16), {:.1f} % (2048 tokens) and {:.1f} % (both)",
@@ -253,13 +262,9 @@ def test_where_less_than_the_ceiling_is_reached_is_what_the_readme_says() -> Non
                     if not interval.low < 0.95 < interval.high:
                         lacking.append((entry["model"], shape, metric, round(100 * part_of_ceiling(*times))))
                     spans += [np.percentile(of, 90) / np.percentile(of, 10) - 1 for of in times]
-    assert len(spans) == 3 * 16
+    assert len(spans) == 3 * 11
     assert f"repeats span up to {100 * max(spans):.1f} %" in readme
-    assert lacking == [
-        ("llama2_13b", "1x128", "tpot_ms", 85),
-        ("opt_30b", "16x2048", "ttft_ms", 93),
-        ("opt_66b", "1x128", "ttft_ms", 89),
-    ]
+    assert lacking == [("llama2_13b", "1x128", "tpot_ms", 85)]
 
 
 def test_all_cells_together_reach_as_much_of_the_ceiling_as_the_readme_says() -> None:
@@ -274,12 +279,11 @@ def test_all_cells_together_reach_as_much_of_the_ceiling_as_the_readme_says() ->
         vectorized=True, paired=True, method="percentile", rng=0,
     ).confidence_interval  # fmt: skip
     readme, together = gpu_readme(), saved.sum() / ceiling.sum()
-    assert f"All {len(saved)} together are {100 * together:.0f} %" in readme
+    assert f"all {len(saved)} together are {100 * together:.0f} %" in readme
     assert f"added up; {100 * low:.0f} to {100 * high:.0f} % when cells are resampled" in readme
+    assert low >= 0.95  # as was asked
     of_model = 100 * saved.groupby(level=0).sum() / ceiling.groupby(level=0).sum()
-    opt = of_model.index.str.startswith("opt")
-    said = "LLaMA2's and Qwen's {:.0f} to {:.0f} %, and OPT's {:.0f} to {:.0f} %"
-    assert said.format(*of_model[~opt].agg(["min", "max"]), *of_model[opt].agg(["min", "max"])) in readme
+    assert "every model's six {:.0f} to {:.0f} %".format(*of_model.agg(["min", "max"])) in readme
 
 
 def part_of_ceiling(tp: np.ndarray, dropped: np.ndarray, ceiling: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -340,5 +344,15 @@ def test_gpus_were_at_their_power_limit_as_often_as_the_readme_says() -> None:
     assert f"{capped['native']:.0f} % with direct links" in readme
     assert f"median of {mhz['native']:.0f} MHz" in readme
     assert f"without links {capped['lbw']:.0f} %, at {mhz['lbw']:.0f} MHz" in readme
+    session = gpu_sessions("h200x2")["llama2_70b tp2 lbw"]["sessions"]["1x128"]
+    first_shape = samples.query("interconnect == 'lbw' and watts > 300 and (launch > 0 or seconds < 65)")
+    assert sum(session["seconds"][0].values()) == 65
+    of_launch = 100 * first_shape.groupby("launch")["power_capped"].mean()
+    tokens = [np.median(launch) for launch in session["tpot_ms"]["no_all_reduce"]]
+    assert (
+        "was {:.0f} % in the first launch, and on the machine of the other two {:.0f} and {:.0f} %".format(*of_launch)
+        in readme
+    )
+    assert "{1:.2f} and {2:.2f} ms (first launch {0:.2f})".format(*tokens) in readme
     four = gpu_record("h100x4/power").query("watts > 300 and interconnect == 'native'")
     assert f"{100 * four['power_capped'].mean():.0f} % of the samples above 300 W" in readme
