@@ -1,6 +1,8 @@
 """`experiments.gpu_latency.measure`: what it adds to a record, and what it refuses to."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 from gpu_settings import architecture, has_memory, invented_session
 
-from experiments.gpu_latency import measure
+from experiments.gpu_latency import measure, power
 from spd.errors import UserError
 from spd.gpu.latency import Shape
 from spd.launch import RankFailed
+from spd.paths import ROOT
 
 
 class Launches:
@@ -140,6 +143,52 @@ def test_launches_of_different_gpus_are_not_put_together(
     rows = pd.read_csv(tmp_path / "latency.csv")
     assert set(rows["launches"]) == {2}
     assert set(rows["date"]) == {"2026-11-27, 2026-11-28"}
+
+
+def test_every_launch_has_what_clock_and_power_the_gpus_had_meanwhile(
+    launches: Launches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "bin/nvidia-smi"  # as it answered on two H200
+    smi.parent.mkdir()
+    smi.write_text('#!/bin/sh\necho "0, 1485, 698.55, Active\n1, 1980, 81.86, Not Active"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
+    command = [str(tmp_path / "out"), "--models", "llama2_7b", "--shapes", "2x32", "--launches", "2"]
+    measure.main(command)
+    found = pd.read_csv(tmp_path / "out/power.csv")
+    assert list(found.columns) == list(gpu_power().columns)
+    assert found.iloc[:2].to_dict("records") == [
+        {"model": "llama2_7b", "tp_size": 2, "interconnect": "native", "launch": 0, "seconds": 0} | of
+        for of in (
+            {"gpu": 0, "sm_mhz": 1485, "watts": 698.55, "power_capped": True},
+            {"gpu": 1, "sm_mhz": 1980, "watts": 81.86, "power_capped": False},
+        )
+    ]
+    assert list(zip(found["interconnect"], found["launch"], strict=True))[::2] == [
+        ("native", 0), ("lbw", 0), ("native", 1), ("lbw", 1),
+    ]  # fmt: skip
+
+
+def gpu_power() -> pd.DataFrame:
+    return pd.read_csv(ROOT / "experiments/gpu_latency/h200x2/power.csv")
+
+
+def test_samples_are_taken_while_something_runs_and_a_machine_without_nvidia_smi_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with power.sampled() as samples:
+        pass
+    assert samples == []
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "0, 345, 80.26, Not Active"\n')
+    smi.chmod(0o755)
+    threads = threading.active_count()
+    with power.sampled(every_s=0.01) as samples:
+        while len(samples) < 3:
+            time.sleep(0.01)
+    assert {len(sample) for sample in samples} == {1}
+    assert threading.active_count() == threads
 
 
 def test_launches_that_measure_otherwise_are_not_put_together(

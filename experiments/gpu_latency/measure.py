@@ -7,7 +7,9 @@ The models, interconnects, shapes and arms of `python run.py experiment=gpu_late
 decoding beside the shorter prompt alone, for machines that have neither Hydra nor lm-eval, and with all shapes in one
 launch. Weights are random. `out/sessions.json` is written after every launch, and launches are added to what is in it:
 a measurement can be stopped and go on, and a launch that fails loses nothing else; its ranks' output is in `out/logs`.
-A row of the CSV is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise` says of them.
+`out/power.csv` has what clock and power the GPUs had meanwhile.
+A row of `out/latency.csv` is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise`
+says of them.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import torch
 import transformers
 import yaml
 
+from experiments.gpu_latency.power import COLUMNS, sampled
 from spd.checkpoint import read_architecture
 from spd.errors import UserError
 from spd.families import family_of
@@ -53,6 +56,7 @@ ONCE = ("start", "links", "build")
 WARMUP = 1
 """Rounds of all arms. In the first a GPU is cool, and until it runs into its power limit up to 8 % quicker."""
 PHASES = {"ttft_ms": "prefill", "tpot_ms": "decode"}
+POWER = ["model", "tp_size", "interconnect", "launch", "seconds", *COLUMNS.values()]
 ARMS = {"no_attention_all_reduce": "no attention all-reduce", "no_all_reduce": "no all-reduce", "tp_plan": "tp_plan"}
 
 
@@ -203,26 +207,31 @@ def add_launch(
     if differs:
         said = ", ".join(f"{name} {there}, here {here}" for name, there, here in differs)
         raise UserError(f"{options.folder} has launches of it with {said}; take another folder")
-    found = measure_gpu_latency(
-        architecture_of(entry["model"]),
-        options.tp_size,
-        arms_of(entry["blocks"]),
-        list(asked.values()),
-        dtype="bfloat16",
-        new_tokens=NEW_TOKENS,
-        launches=1,
-        first_launch=launch,
-        warmup=WARMUP,
-        all_reduce="auto",
-        interconnect=link,
-        tp_plan=options.tp_plan,
-        timeout_s=timeout_s,
-        log_dir=options.folder / "logs",
-    )
+    with sampled() as samples:
+        found = measure_gpu_latency(
+            architecture_of(entry["model"]),
+            options.tp_size,
+            arms_of(entry["blocks"]),
+            list(asked.values()),
+            dtype="bfloat16",
+            new_tokens=NEW_TOKENS,
+            launches=1,
+            first_launch=launch,
+            warmup=WARMUP,
+            all_reduce="auto",
+            interconnect=link,
+            tp_plan=options.tp_plan,
+            timeout_s=timeout_s,
+            log_dir=options.folder / "logs",
+        )
     for name, session in zip(asked, found, strict=True):
         sessions[name] = merged(sessions[name], session) if name in sessions else session
     dates = {now["date"], *before.get("date", now["date"]).split(", ")}
     entry["here"] = now | {"date": ", ".join(sorted(dates))}
+    if samples:
+        of_launch = {"model": entry["model"], "tp_size": options.tp_size, "interconnect": link, "launch": launch}
+        file = options.folder / "power.csv"
+        pd.concat(samples).assign(**of_launch)[POWER].to_csv(file, mode="a", header=not file.exists(), index=False)
 
 
 def architecture_of(model: str) -> dict[str, Any]:
