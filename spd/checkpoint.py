@@ -153,7 +153,7 @@ class Checkpoint:
 def read_config(folder: Path) -> PretrainedConfig:
     """The Hugging Face config of a folder, without running code from it."""
     try:
-        # First by ourselves: of a family that transformers does not know either, it would only say just that.
+        # Before transformers, whose error for a family that it does not know either says less.
         check_known(json.loads((folder / "config.json").read_text()).get("model_type"))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError:

@@ -176,8 +176,6 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    name: str = "tp4"
-    """Name of the option in conf/parallel."""
     tp_size: int = 4
     """Tensor-parallel ranks N, at least 1; must divide the model's attention heads and MLP width."""
     port: int = 0
@@ -268,8 +266,6 @@ class EvalConfig:
 
 @dataclass
 class DataConfig:
-    name: str = "data"
-    """Name of the option in conf/data."""
     path: str = ""
     """Calibration text for the sensitivities, .txt or .jsonl; relative as model.path."""
     heldout_path: str = ""
@@ -320,7 +316,7 @@ class LatencyConfig:
     new_tokens: int = 8
     """Tokens generated after the first (time between tokens)."""
     decode_at: int | None = None
-    """latency=gpu: position of the first of these tokens; null for right after the prompt."""
+    """latency=gpu: position of the first of these tokens, whatever the prompt; null for right after it (default)."""
     all_reduce: AllReduceKind = AllReduceKind.auto
     """latency=gpu: auto measures those that work and takes the quickest for each message size | nccl | one_shot,
     two_shot: symmetric memory over direct links."""
@@ -395,8 +391,8 @@ class RunConfig:
     drop: float = 0.0
     """Fraction n/L of the blocks whose attention sync point is dropped, 0..1, rounded to whole blocks."""
     seed: int = 0
-    """Draws the samples of the texts and the few-shot examples, and what distillation and the search for groups of
-    heads leave to chance."""
+    """Seeds the choice of text samples and few-shot examples, the order of distillation, and the search for groups of
+    heads."""
     sweep: str = "default"
     """Name of the sweep: its folder under output_dir/sweeps and its group in W&B. By default the time of the start."""
     output_dir: str = "runs"

@@ -1,7 +1,8 @@
 """Where each architecture keeps the parts of a transformer block: one row a family.
 
 A family is added by one row here, if its blocks are pre-norm with one attention and one MLP, each ending in a linear
-layer whose input is split over ranks. Row names are paths inside a Hugging Face decoder layer.
+layer whose input is split over ranks. Row names are paths inside a Hugging Face decoder layer. `latency=gpu` has
+functions of its own (`spd.gpu.halves`), and refuses a layer with parts that they do not use.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,8 @@ class Family:
     mlp_output: str = "mlp.down_proj"
     """Columns are cut by MLP width; its bias `b2` is added once, after the sum over ranks."""
     mlp: Callable[[Any, Tensor], Tensor] = field(default=_gated_mlp)
-    """Calls the MLP of a layer, without norm or residual: [B, T, D] -> [B, T, D]."""
+    """Calls the MLP of a layer, without norm or residual; of a layer that is cut for ranks, without its output product:
+    [B, T, D] -> [B, T, D] or [B, T, F]."""
     width: str = "intermediate_size"
     """Name of the MLP width `F` in the Hugging Face config."""
 

@@ -138,8 +138,11 @@ def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
         _save(figure, path)
 
 
-def plot_sensitivity(report: "SensitivityReport", path: str | Path, tau1: float = 0.05, tau2: float = 10.0) -> None:
-    """Draw the sensitivity of every block as PNG, coloured by its class under the thresholds `tau1` and `tau2`."""
+def plot_sensitivity(report: "SensitivityReport", path: str | Path, tau1: float = 0.05, tau2: float = 10.0) -> Figure:
+    """Draw the sensitivity of every block as PNG, coloured by its class under the thresholds `tau1` and `tau2`.
+
+    Returns what is drawn.
+    """
     colours = {"ISB": COLOURS[2], "SB": COLOURS[4], "ESB": COLOURS[1]}
     meaning = {"ISB": "in-sensitive", "SB": "sensitive", "ESB": "extremely sensitive"}
     classes = report.classes(tau1, tau2)
@@ -178,6 +181,7 @@ def plot_sensitivity(report: "SensitivityReport", path: str | Path, tau1: float 
         )
         axes.legend(loc="best", fontsize=9)
         _save(figure, path)
+    return figure
 
 
 def _varying(points: pd.DataFrame) -> list[str]:

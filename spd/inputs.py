@@ -14,7 +14,7 @@ from spd.config import Device, LatencyKind, RunConfig, Strategy, Weights
 from spd.data import draw_samples, read_documents, tokenize
 from spd.errors import UserError
 from spd.families import family_of
-from spd.gpu.latency import check_gpus, check_variant
+from spd.gpu.latency import Shape, check_engine, check_gpus, gpus
 from spd.hub import read_text
 from spd.launch import check_port
 from spd.paths import find_path, need_path
@@ -43,8 +43,8 @@ def check(config: RunConfig, here: bool = True) -> None:
     if config.weights is Weights.random:
         hf = read_architecture(config.model.architecture)
         check_tp_size(family_of(hf), hf, config.parallel.tp_size)
-        check_variant(hf)
         _check_lengths(_latency_lengths(config), hf, config.model.name)
+        _check_engine(config, hf, here)
         if here:
             check_port(config.parallel.port)
         return
@@ -52,36 +52,37 @@ def check(config: RunConfig, here: bool = True) -> None:
     hf = read_config(folder)
     tp_size = config.parallel.tp_size
     check_tp_size(family_of(hf), hf, tp_size)
-    if config.latency.name is LatencyKind.gpu:
-        check_variant(hf)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(hf)
     # Opens every weight file, and reads headers only.
     Checkpoint(folder).expect({name: tuple(weight.shape) for name, weight in whole.named_parameters()})
     if (folder / PLAN_FILE).is_file():
         plan = DropPlan.load(folder / PLAN_FILE)
-        if plan.tp_size != tp_size:
+        if plan.dropped and plan.tp_size != tp_size:
             raise UserError(
                 f"{folder} was saved with a plan for tp_size={plan.tp_size}, and parallel.tp_size={tp_size}; "
                 f"write parallel.tp_size={plan.tp_size}, or give the original checkpoint."
             )
         if plan.outcomes:
             raise UserError(
-                f"Block {min(plan.outcomes)} of {folder} was treated already ({plan.strategy}); "
+                f"Block {min(plan.outcomes)} of {folder} was treated already ({plan.treatment[min(plan.outcomes)]}); "
                 "give the original checkpoint."
             )
     lengths = {"data.sequence_length": config.data.sequence_length}
     _check_lengths(lengths | _latency_lengths(config), hf, str(folder))
+    if config.latency.name is LatencyKind.gpu:
+        _check_engine(config, hf, here)
     if here and config.latency.name is not LatencyKind.none:
         check_port(config.parallel.port)
     if here and config.model.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("model.device=cuda but torch sees no GPU here; write model.device=cpu.")
     for setting in ("path", "heldout_path"):
-        tokens = _length(config, setting, folder)
-        if config.data.samples > tokens:
+        tokens, length = _length(config, setting, folder), config.data.sequence_length
+        if 0 < (most := tokens - length + 1) < config.data.samples:
             raise UserError(
-                f"{_text_name(config, setting)} has {tokens} tokens, fewer than data.samples={config.data.samples}; "
-                "most samples would be the same. Give fewer, or a longer text."
+                f"{_text_name(config, setting)} has {tokens} tokens, and so {most} samples of "
+                f"data.sequence_length={length}, fewer than data.samples={config.data.samples}. "
+                "Give fewer, or a longer text; else some would be the same."
             )
         samples_of(config, setting, folder)
     # With corrections, which cost time, the blocks of every fraction that is timed are treated.
@@ -90,6 +91,15 @@ def check(config: RunConfig, here: bool = True) -> None:
     if config.strategy.name is not Strategy.zs and drop > 0:
         _check_recovery_text(config, folder)
     _check_generation(config, hf, str(folder))
+
+
+def _check_engine(config: RunConfig, hf: PretrainedConfig, here: bool) -> None:
+    """Of `latency=gpu`; memory only where the point will run here."""
+    asked, tp_size = config.latency, config.parallel.tp_size
+    check_engine(
+        hf, tp_size, [Shape.of(asked)], gpus(tp_size) if here else [],
+        dtype=config.model.dtype.name, new_tokens=asked.new_tokens, tp_plan=asked.tp_plan,
+    )  # fmt: skip
 
 
 def _latency_lengths(config: RunConfig) -> dict[str, int]:

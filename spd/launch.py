@@ -231,9 +231,14 @@ def _failure(folder: Path, agent_code: int) -> Exception:
         tail = _tail(_per_rank(folder, "stderr.log").get(first, folder / "torchrun.log"))
         message += f"; its last words:\n{tail}" if tail else "; it printed nothing"
     others = [f"rank {rank}: {error['summary']}" for rank, error in errors.items() if rank != first]
-    others += [f"rank {r} {_how_ended(code)}" for r, code in exits.items() if r != first and r not in errors]
+    quiet = {r: code for r, code in exits.items() if r != first and r not in errors}
+    others += [f"rank {r} {_how_ended(code)}" for r, code in quiet.items()]
     if others:
         message += "\nAfter that: " + "; ".join(others)
+    # An abort can also be the cause: of CUDA or NCCL, who have no traceback.
+    for r in (r for r, code in quiet.items() if code == -signal.SIGABRT):
+        if tail := _tail(_per_rank(folder, "stderr.log").get(r, folder / "torchrun.log")):
+            message += f"\nThe last words of rank {r}:\n{tail}"
     return RankFailed(message, rank=first)
 
 

@@ -208,7 +208,7 @@ class TensorParallelLM(nn.Module):
             self.plan = None  # it no longer says what the model is
 
     def take_over(self, plan: DropPlan) -> None:
-        """Makes of the model what `plan`, found in its own folder, says that it is."""
+        """Applies the plan that was saved with this model's weights."""
         corrected = {i for i, outcome in plan.outcomes.items() if "correction" in outcome["kept"].split("+")}
         if corrected:
             self.load_corrections(self.folder / CORRECTION_FILE)
@@ -222,7 +222,7 @@ class TensorParallelLM(nn.Module):
         self.plan = plan
 
     def recover(self, i: int, block: Block, outcome: dict[str, Any]) -> None:
-        """Block `i` is this one from now on whenever it is dropped, as it is now, and the original whenever it is not.
+        """Installs `block` as what block `i` is while it is dropped, and drops it; undropped it is the original again.
 
         `outcome` is what a plan says of it (`DropPlan.outcomes`).
         """

@@ -217,7 +217,7 @@ def texts_digest(folder: Path) -> str:
 
 
 def made_by() -> dict[str, Any]:
-    """What makes numbers other ones for the same configuration: this code's format and the libraries that compute."""
+    """Versions that change results for an unchanged configuration: of the records' format, and of libraries."""
     return {"format": FORMAT, "versions": {name: _version(name) for name in ("torch", "transformers", "lm_eval")}}
 
 

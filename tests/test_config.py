@@ -48,7 +48,7 @@ def options(group: str) -> list[str]:
     ("group", "option"),
     [
         (group, option)
-        for group in ("model", "parallel", "interconnect", "strategy", "latency", "tracker")
+        for group in ("model", "interconnect", "strategy", "latency", "tracker")
         for option in options(group)
     ],
 )

@@ -169,8 +169,10 @@ def test_sensitivities_can_be_drawn(sensitivities: list[float], tmp_path: Path) 
     report = SensitivityReport(
         order="suffix", tp_size=4, sensitivities=sensitivities, dense_perplexity=3.0, tokens=100, source=source
     )
-    plot_sensitivity(report, tmp_path / "sensitivity.png")
+    figure = plot_sensitivity(report, tmp_path / "sensitivity.png")
     assert matplotlib.image.imread(tmp_path / "sensitivity.png").std() > 0.02
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in figure.axes[0].patches}
+    assert [bars[block] for block in range(len(sensitivities))] == sensitivities
 
 
 def test_accuracy_has_its_standard_error_as_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -45,8 +45,18 @@ def invented_timeline() -> dict:
 
 
 def test_every_model_phase_and_interconnect_is_drawn(tmp_path: Path) -> None:
-    draw_speedups(invented_rows(), tmp_path / "speedup.png")
+    rows = invented_rows()
+    figure = draw_speedups(rows, tmp_path / "speedup.png")
     assert (tmp_path / "speedup.png").stat().st_size > 20_000
+    assert len(figure.axes) == 3 * 4  # phases; tp sizes by interconnects
+    drawn = {
+        tuple(round(y, 6) for y in container.lines[0].get_ydata())
+        for axes in figure.axes
+        for container in axes.containers
+    }
+    of_lines = rows[rows["arm"] != CEILING].groupby(["model", "tp_size", "interconnect", "metric", "prompt_length"])
+    assert {tuple(line.round(6)) for _, line in of_lines["speedup_percent_median"]} == drawn
+    assert all(len(axes.containers) == len(MODELS) for axes in figure.axes)
 
 
 @pytest.mark.parametrize("models", [1, 3, 5])
@@ -76,8 +86,13 @@ def test_a_measurement_that_two_folders_have_is_not_drawn_as_one_line(tmp_path: 
 def test_blocks_are_drawn_kernel_by_kernel(tmp_path: Path) -> None:
     of = {"model": "llama2_7b", "tp_size": 2, "interconnect": "lbw", "batch_size": 1, "prompt_length": 128}
     sessions = [of | {"decode_at": 256, "timeline": [{"ttft_ms": invented_timeline(), "tpot_ms": invented_timeline()}]}]
-    draw_timelines(json.loads(json.dumps(sessions)), tmp_path / "timeline.png")
+    figure = draw_timelines(json.loads(json.dumps(sessions)), tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 15_000
+    assert len(figure.axes) == 2  # prefill and decoding
+    for axes in figure.axes:
+        bars = [bar.get_paths()[0].get_extents() for bar in axes.collections]
+        assert [bar.x0 for bar in bars] == [20 * i for kernels in (10, 9) for i in range(kernels)]
+        assert {round(bar.width) for bar in bars} == {18}
 
 
 def invented_all_reduces() -> pd.DataFrame:

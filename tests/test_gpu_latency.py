@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_settings import REFERENCE, SETTINGS, SHAPE, SMALL, architecture
+from gpu_settings import REFERENCE, SETTINGS, SHAPE, SMALL, architecture, has_memory
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -17,10 +17,9 @@ from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import memory
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.gpu.latency import measure_gpu_latency
+from spd.gpu.latency import Shape, measure_gpu_latency
 from spd.gpu.model import GraphModel
 from spd.gpu.profile import Kernel, between_marks, block_timeline, communication
-from spd.launch import run_ranks
 from spd.results import Results
 from spd.steps import RandomSteps
 
@@ -142,7 +141,7 @@ def test_an_architecture_that_cannot_be_is_named() -> None:
 
 
 def test_positions_beyond_the_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    has_memory(8 * 10**10, monkeypatch)
     with pytest.raises(
         UserError, match=r"latency.decode_at \+ latency.new_tokens is 2008, and model takes 64 positions"
     ):
@@ -162,7 +161,7 @@ def test_positions_beyond_the_models_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_variants_of_opt_that_the_engine_has_not_are_refused(
     setting: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    has_memory(8 * 10**10, monkeypatch)
     opt = {"model_type": "opt", **SMALL["opt"]}
     with pytest.raises(UserError, match=rf"{setting}={value}, which latency=gpu's engine does not know; write"):
         inputs.check(random_config(model__architecture=opt | {setting: value}, latency__prompt_length=8))
@@ -171,7 +170,7 @@ def test_variants_of_opt_that_the_engine_has_not_are_refused(
 
 
 def test_random_weights_drop_the_last_blocks_and_read_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    has_memory(8 * 10**10, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     config = random_config(drop=0.5)
     inputs.check(config)
@@ -186,16 +185,38 @@ def test_random_weights_drop_the_last_blocks_and_read_no_file(tmp_path: Path, mo
     assert RandomSteps(other, Results(tmp_path), None).key != point.key
 
 
+def test_what_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_memory(10**9, monkeypatch)
+    with pytest.raises(UserError, match=r"rank 0 of 2 needs .* and cuda:0 has 1.00 GB in all"):
+        inputs.check(random_config())
+    config = RunConfig()
+    config.model.path, config.parallel.tp_size, config.latency.name = str(REFERENCE), 2, LatencyKind.gpu
+    with pytest.raises(UserError, match=r"rank 0 of 2 needs .* and cuda:0 has 1.00 GB in all"):
+        inputs.check(config)
+    inputs.check(random_config(), here=False)  # a cluster's GPUs are not this machine's
+    has_memory(8 * 10**10, monkeypatch)
+    opt = random_config(model__architecture={"model_type": "opt", **SMALL["opt"]}, latency__prompt_length=8)
+    opt.latency.tp_plan = True
+    with pytest.raises(UserError, match="transformers has no tp_plan for opt"):
+        inputs.check(opt)
+
+
 def test_ranks_have_what_an_interconnect_tells_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "told.py").write_text("import os\ndef told(settings, on_progress):\n    return dict(os.environ)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for name in ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"):  # what the user's own says is not what is measured
+    told = {"native": ("0", "0", None), "lbw": ("1", "0", "0"), "socket": ("1", "1", "0")}
+    assert set(ENVIRONMENT) == set(told)
+    names = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
+    for name in names:  # what the user's own environment says is not what is measured
         monkeypatch.setenv(name, "1")
-    for name, environment in ENVIRONMENT.items():
-        found = run_ranks("told:told", {}, tp_size=1, environment=environment)
-        assert {
-            key: value for key, value in found.items() if key.startswith("NCCL_P2P") or key.startswith("NCCL_SHM")
-        } == (environment), name
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    for link in told:
+        (session,) = measure_gpu_latency(
+            {"model_type": "llama", **SMALL["llama"]}, 1, {"0": []}, [Shape(1, 8, None, 2)], devices=["cpu"],
+            **SETTINGS | {"interconnect": link},
+        )  # fmt: skip
+        (of_rank,) = session["nccl_environment"]
+        assert tuple(of_rank[name] for name in names) == told[link][:2]
+        assert of_rank.get("NCCL_NVLS_ENABLE") == told[link][2]
+        assert ENVIRONMENT[link]["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
 
 
 # Kernels of one forward of two blocks: the first TP, the second dropped; 10 us each, 2 us between.

@@ -1,8 +1,10 @@
 """Sessions of `latency=gpu`: what is reported of one, whole ones on CPU ranks, and on a GPU."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from experiments.gpu_latency.measure import rows_of, table
 from spd.errors import UserError
 from spd.gpu import rank
 from spd.gpu.latency import BLOCKS, CEILINGS, Shape, measure_gpu_latency, merged, summarise
+from spd.gpu.limits import Rates
 from spd.gpu.model import GraphModel
 
 
@@ -122,22 +125,93 @@ def test_of_long_forwards_nothing_and_everything_dropped_is_profiled_alone(sessi
     assert long == {"0", "3"}
 
 
-def measure_one_rank(shape: Shape, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU and in this process."""
+def measure_one_rank(
+    shape: Shape, folder: Path, monkeypatch: pytest.MonkeyPatch, arms: tuple[str, ...] = ("0",)
+) -> dict:
+    """On a CPU and in this process: what the rank found of the shape. An arm's name is how many blocks it drops."""
     monkeypatch.setenv("RANK", "0")
     start = partial(dist.init_process_group, init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     monkeypatch.setattr(dist, "init_process_group", start)
     try:
-        rank.measure_rank(
+        found = rank.measure_rank(
             SETTINGS | {
                 "tp_size": 1, "checkpoint": None, "architecture": {"model_type": "llama", **SMALL["llama"]},
                 "shapes": [shape._asdict()], "devices": ["cpu"], "began": 0, "seed": 0, "profile": False,
-                "arms": {"0": {"dropped": [], "left_out": {}}},
+                "arms": {name: {"dropped": list(range(int(name))), "left_out": {}} for name in arms},
             },
             lambda done, total: None,
         )  # fmt: skip
+        return found["shapes"][0]
     finally:
         dist.destroy_process_group()
+
+
+def test_a_floor_is_the_longer_of_bytes_over_bandwidth_and_products_over_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SMALL's llama: 3 blocks of two norms, q, k and v of 8 + 2 x 2 heads of 8, the output product, gate, up and down.
+    products = 64 * 8 * (8 + 2 * 2) + 64 * 64 + 3 * 64 * 128
+    blocks, head = 3 * (2 * 64 + products), 50 * 64
+    batch, prompt, at, size = 2, 32, 64, 2
+    keys_and_values = 3 * 2 * batch * 2 * at * 8
+    for bandwidth, flops in ((1e9, 1e30), (1e30, 1e12)):
+        rates = Rates(bandwidth, flops)
+        monkeypatch.setattr(Rates, "measured", lambda *_, rates=rates: rates)
+        folder = tmp_path / f"{flops:g}"
+        folder.mkdir()
+        floor = measure_one_rank(Shape(batch, prompt, at, repeats=2), folder, monkeypatch)["floor_ms"]
+        read = size * (blocks + head)
+        if bandwidth == 1e9:
+            assert floor["ttft_ms"]["0"] == pytest.approx(1e3 * read / 1e9, abs=1e-4)
+            assert floor["tpot_ms"]["0"] == pytest.approx(1e3 * (read + size * keys_and_values) / 1e9, abs=1e-4)
+        else:  # norms are counted with the products, and are a thousandth of them
+            assert floor["ttft_ms"]["0"] == pytest.approx(2e3 * batch * (prompt * blocks + head) / 1e12, abs=1e-4)
+            assert floor["tpot_ms"]["0"] == pytest.approx(2e3 * batch * (blocks + head) / 1e12, abs=1e-4)
+
+
+def test_arms_are_timed_there_and_back_from_their_position_and_a_token_is_one_of_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[str, int, int]] = []
+    dropped = {frozenset(range(n)): str(n) for n in (0, 1, 3)}
+    current: list[tuple[str, str]] = []
+    captured = rank._captured
+
+    def told(*given: Any) -> dict:
+        return {key: lambda key=key, run=run: (current.append(key), run()) for key, run in captured(*given).items()}
+
+    def events_ms(run: Callable[[], object], times: int) -> float:
+        position = models[0].position.item()
+        run()
+        timed.append((*current[-1], times, position))
+        return 10.0 * int(current[-1][1]) + times
+
+    models: list[GraphModel] = []
+    made = GraphModel.__init__
+    monkeypatch.setattr(GraphModel, "__init__", lambda model, *a, **b: (models.append(model), made(model, *a, **b))[0])
+    monkeypatch.setattr(rank, "_captured", told)
+    monkeypatch.setattr(rank, "events_ms", events_ms)
+    monkeypatch.setattr(rank.Rates, "measured", lambda *_: Rates(1e9, 1e12))
+    found = measure_one_rank(Shape(2, 32, 64, repeats=4), tmp_path, monkeypatch, arms=tuple(dropped.values()))
+    of_repeats = timed[2 + 2 * 3 :]  # after how long a forward takes, and a round of warm-up
+    order = [name for phase, name, *_ in of_repeats if phase == "ttft_ms"]
+    rounds = [order[3 * i : 3 * i + 3] for i in range(4)]
+    assert [rounds[1], rounds[3]] == [rounds[0][::-1], rounds[2][::-1]]
+    assert all(sorted(some) == ["0", "1", "3"] for some in rounds)
+    assert {position for *_, position in of_repeats} == {64}
+    assert {(phase, times) for phase, _, times, _ in of_repeats} == {("ttft_ms", 1), ("tpot_ms", 4)}
+    for phase, times in (("ttft_ms", 1), ("tpot_ms", 4)):
+        assert {name: found[phase][name] for name in ("0", "1", "3")} == {
+            name: [10.0 * int(name) + times] * 4 for name in ("0", "1", "3")
+        }
+
+
+def test_ranks_wait_for_each_other_no_longer_than_a_launch_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout, device_id: waits.append(timeout))
+    for seconds in (20, 4000):
+        rank.start({"devices": ["cpu"], "tp_size": 1, "timeout_s": seconds}, 0)
+    assert [wait.total_seconds() for wait in waits] == [20, 300]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from spd.sensitivity import SensitivityReport
         (lambda c: Path(c.data.path).write_text(""), "no text"),
         (lambda c: Path(c.data.heldout_path).write_text("word1"), "fewer than one sequence"),
         (lambda c: setattr(c.data, "sequence_length", 65), "give at most 64"),
-        (lambda c: setattr(c.data, "samples", 100_000_000), "tokens, fewer than data.samples=100000000"),
+        (lambda c: setattr(c.data, "samples", 100_000_000), ", fewer than data.samples=100000000"),
         (lambda c: setattr(c.latency, "name", LatencyKind.cpu), "latency.prompt_length"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_checkpoint_of_treated_blocks_is_refused_before_any_work(config: RunCo
     plan = make_plan(report, drop=1.0, strategy="zs_b2b")
     plan.outcomes[1] = {"kept": "b2b"}
     plan.save(own_model / PLAN_FILE)
-    with pytest.raises(UserError, match=r"Block 1 of .* was treated already \(zs_b2b\); give the original"):
+    with pytest.raises(UserError, match=r"Block 1 of .* was treated already \(b2b\); give the original"):
         inputs.check(config)
 
 

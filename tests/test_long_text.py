@@ -48,6 +48,9 @@ def test_the_figure_and_the_table_show_every_strategy(tmp_path: Path) -> None:
         for at in (16.5, 48.5)
     ]
     table = pd.DataFrame(rows)
-    draw(table[table["drop"] == 1.0], tmp_path / "figure.png")
+    figure = draw(table[table["drop"] == 1.0], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for axes in figure.axes:
+        assert {line.get_label() for line in axes.lines} >= {"zs", "zs_b2b"}
+        assert len(axes.collections) == 2  # their bands
     assert ends(table).count("0.500 ± 0.100, 0.500 ± 0.100") == 2 * (len(PANELS) - 1)  # perplexity is drawn alone

@@ -171,6 +171,8 @@ def test_figure_and_tables_can_be_made_again(table: pd.DataFrame, tmp_path: Path
     readme = tmp_path / "README.md"
     readme.write_text((FOLDER / "README.md").read_text())
     write_tables(table, record, readme)
-    plot(table, record, tmp_path / "residual_design.png")
+    figure = plot(table, record, tmp_path / "residual_design.png")
     assert readme.read_text() == (FOLDER / "README.md").read_text()
     assert (tmp_path / "residual_design.png").stat().st_size > 10_000
+    drawn = [len(line.get_xdata()) for axes in figure.axes for line in axes.lines if line.get_linestyle() != ":"]
+    assert sum(drawn) == len(table)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from conftest import WORDS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -283,6 +284,7 @@ def test_points_of_random_weights_that_differ_in_no_latency_are_one(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(inputs, "check_gpus", lambda tp_size: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=15 * 10**10))
     random = ["model=llama2_7b", "weights=random", "latency=gpu", "parallel=tp2", "strategy=zs,zs_b2b", "drop=0.5"]
     with multirun([one for one in settings if not one.startswith("model")] + random) as config:
         sweep = compose_sweep(config)
@@ -308,6 +310,7 @@ def test_every_experiment_can_begin_where_there_are_gpus(
     file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(inputs, "check_gpus", lambda tp_size: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=15 * 10**10))
     params = OmegaConf.load(file)["hydra"]["sweeper"]["params"]
     # Hydra composes 20 points a second: of fractions and seeds the ends are enough.
     ends = {name: str(params[name]).split(",") for name in ("drop", "seed") if name in params}

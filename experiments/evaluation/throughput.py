@@ -62,7 +62,7 @@ def measure(name: str, batch_size: int | str, kind: str, items: int, repeats: in
     def seconds(dropped: list[int] | None) -> float:
         if dropped is not None:
             model.drop(dropped)
-        # A new one each time, as it keeps its answers; "auto" is found anew by both.
+        # "auto" is found anew by both each time.
         scorer = own if dropped is None else SpdLM(model, batch_size=batch_size)
         if batch_size == "auto":
             scorer.batch_sizes = {}

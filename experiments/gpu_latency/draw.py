@@ -23,8 +23,11 @@ CEILING = "no attention all-reduce"
 KINDS = {"all-reduce": COLOURS[1], "matrix product": COLOURS[0], "attention": COLOURS[2], "the rest": COLOURS[5]}
 
 
-def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
-    """A column a phase, a row a tp size and interconnect; lines are models, each with its ceiling."""
+def draw_speedups(rows: pd.DataFrame, path: Path) -> Figure:
+    """A column a phase, a row a tp size and interconnect; lines are models, each with its ceiling.
+
+    Returns what is drawn.
+    """
     rows = rows.fillna({"decode_at": 0})
     phases = rows[["metric", "batch_size", "prompt_length", "decode_at"]].drop_duplicates()
     links = list(rows[["tp_size", "interconnect"]].drop_duplicates().itertuples(index=False, name=None))
@@ -54,6 +57,7 @@ def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
         frameon=False,
     )
     figure.savefig(path, dpi=110)
+    return figure
 
 
 def _phase(phase: Any) -> str:
@@ -100,10 +104,10 @@ def kind_of(kernel: dict[str, Any]) -> str:
     return "matrix product" if triton or any(word in name for word in products) else "the rest"
 
 
-def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
+def draw_timelines(found: list[dict[str, Any]], path: Path) -> Figure:
     """A panel a session and phase: the kernels of a TP block over those of an SPD block, in microseconds.
 
-    Sessions are those of `spd.gpu.latency`, each with its "model".
+    Sessions are those of `spd.gpu.latency`, each with its "model". Returns what is drawn.
     """
     panels = [
         (session, metric, arms)
@@ -132,6 +136,7 @@ def draw_timelines(found: list[dict[str, Any]], path: Path) -> None:
     patches = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(KINDS), frameon=False)
     figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def probe(interconnect: str, devices: list[str], sizes: list[int], timeout_s: fl
         {"devices": devices, "tp_size": ranks, "timeout_s": timeout_s, "interconnect": interconnect, "bytes": sizes},
         tp_size=ranks,
         timeout_s=timeout_s,
-        environment=ENVIRONMENT[interconnect] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
+        environment=ENVIRONMENT[interconnect],
     )
     return [
         {

@@ -18,9 +18,9 @@ PANELS = {
 }
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
+def draw(rows: pd.DataFrame, path: Path) -> Figure:
     """A column a model, a row a measure, of one drop fraction and the dense model; bands are one standard error over
-    windows."""
+    windows. Returns what is drawn."""
     models = list(rows["model"].unique())
     strategies = sorted(rows["strategy"].unique(), key=lambda name: name == "dense")  # which is drawn last, in black
     figure = Figure(figsize=(4.2 * len(models), 2.9 * len(PANELS)), layout="constrained")
@@ -51,6 +51,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(strategies), frameon=False)
     figure.savefig(path, dpi=110)
+    return figure
 
 
 def ends(rows: pd.DataFrame) -> str:

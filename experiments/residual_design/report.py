@@ -29,8 +29,9 @@ STYLE: Any = {
 }
 
 
-def plot(table: pd.DataFrame, record: dict[str, Any], path: Path) -> None:
-    """Draws perplexity of rank 0 against dropped blocks: a panel for each model and tp size, a line for each design."""
+def plot(table: pd.DataFrame, record: dict[str, Any], path: Path) -> Figure:
+    """Draws perplexity of rank 0 against dropped blocks: a panel for each model and tp size, a line for each design.
+    Returns what is drawn."""
     models, tp_sizes = table["model"].unique(), table["tp_size"].unique()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 6.6), layout="constrained")
@@ -57,6 +58,7 @@ def plot(table: pd.DataFrame, record: dict[str, Any], path: Path) -> None:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5)
         figure.savefig(path, dpi=150)
+    return figure
 
 
 def write_tables(table: pd.DataFrame, record: dict[str, Any], readme: Path) -> None:

@@ -94,9 +94,10 @@ class BySize:
 
 
 def room(reduce: AllReduce | None, shape: torch.Size) -> Tensor | None:
-    """Where a product is best left that this will sum: None for anywhere.
+    """The buffer that a product of this shape should be written to, so that `reduce` sums it without a copy; None if it
+    has none.
 
-    What lies there is overwritten by the next one. It is safe to: when a sum is done, no other rank reads there.
+    The next product overwrites it, which is safe: when a sum is done, no other rank reads there any more.
     """
     if isinstance(reduce, BySize):
         reduce = None if shape.numel() <= reduce.copied else reduce.made[shape.numel()]

@@ -25,7 +25,7 @@ def prompt_by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor
 
 
 def prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
-    """By a Triton kernel: cuDNN's, for a short prompt, waits as long for its beginning as it takes.
+    """By a Triton kernel: of a short prompt, the launch of cuDNN's takes as long as the kernel.
 
     `causal` is the mask as flex attention has it. For GPUs: compiled for a CPU by torch 2.13 it reads `v`, which is a
     view, from the wrong place.

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from spd.errors import UserError
 from spd.families import Family
 from spd.gpu import attention, head
 from spd.sharding import Kind
@@ -53,7 +54,17 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module, family: Family, biases: dict[Kind, nn.Parameter]) -> "Weights":
-        """Fuses what `spd.sharding.BlockReader` read of one rank."""
+        """Fuses what `spd.sharding.BlockReader` read of one rank.
+
+        Raises:
+            UserError: the layer has parts that these functions do not use (Qwen3's norms of queries and keys, say).
+        """
+        outputs = (family.attention_output, family.mlp_output)
+        used = {family.attention_norm, family.mlp_norm, family.query, *family.key_value, *family.mlp_input, *outputs}
+        if unused := {name.rpartition(".")[0] for name, _ in layer.named_parameters()} - used:
+            raise UserError(
+                f"latency=gpu does not know what {min(unused)} of a {type(layer).__name__} does; write latency=cpu."
+            )
 
         def joined(names: tuple[str, ...], leaf: str) -> Tensor | None:
             parts = [getattr(layer.get_submodule(name), leaf) for name in names]
@@ -67,7 +78,7 @@ class Weights(NamedTuple):
         b, b2 = (biases[kind].data if kind in biases else None for kind in ("attention_output", "mlp_output"))
         qkv = (family.query, *family.key_value)
         fused = [(joined(names, "weight"), joined(names, "bias")) for names in (qkv, family.mlp_input)]
-        outputs = [layer.get_submodule(name).weight.data for name in (family.attention_output, family.mlp_output)]
+        attention_output, mlp_output = (layer.get_submodule(name).weight.data for name in outputs)
         (qkv_weight, qkv_bias), (mlp_weight, mlp_bias) = fused
         assert qkv_weight is not None
         assert mlp_weight is not None
@@ -75,12 +86,12 @@ class Weights(NamedTuple):
             *norm(family.attention_norm),
             qkv_weight,
             qkv_bias,
-            outputs[0],  # type: ignore[arg-type]
+            attention_output,  # type: ignore[arg-type]
             b,
             *norm(family.mlp_norm),
             mlp_weight,
             mlp_bias,
-            outputs[1],  # type: ignore[arg-type]
+            mlp_output,  # type: ignore[arg-type]
             b2,
             b if b2 is None else _plus(b2, b),
         )

@@ -7,13 +7,17 @@ import torch.distributed as dist
 
 from spd.gpu import all_reduce
 
+_NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+# The switch's multicast goes over direct links whatever P2P says.
+_NO_DIRECT_LINKS = _NO_MULTICAST | {"NCCL_P2P_DISABLE": "1", "NCCL_NVLS_ENABLE": "0"}
 ENVIRONMENT: dict[str, dict[str, str]] = {
-    "native": {"NCCL_P2P_DISABLE": "0", "NCCL_SHM_DISABLE": "0"},
-    "lbw": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "0"},
-    "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+    "native": _NO_MULTICAST | {"NCCL_P2P_DISABLE": "0", "NCCL_SHM_DISABLE": "0"},
+    "lbw": _NO_DIRECT_LINKS | {"NCCL_SHM_DISABLE": "0"},
+    "socket": _NO_DIRECT_LINKS | {"NCCL_SHM_DISABLE": "1"},
 }
-"""Interconnect -> what NCCL is told: to use what there is; to go through host memory instead of direct links (the
-paper's low-bandwidth setting); to go through sockets. Whatever else this process's environment tells it."""
+"""Interconnect -> what the ranks' environment says: to use what there is (whether NCCL multicasts is left to the user's
+NCCL_NVLS_ENABLE; the symmetric-memory kernels used here need none, and not every machine permits it); to go through
+host memory instead of direct links (the paper's low-bandwidth setting); to go through sockets."""
 
 _SMALL, _LARGE = 2**13, 2**26
 

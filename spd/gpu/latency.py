@@ -19,6 +19,8 @@ from spd.launch import Progress, run_ranks, threads_per_rank
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from spd.config import LatencyConfig
+
 CEILINGS: dict[str, dict[str, Any]] = {
     "no_attention_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False}},
     "no_all_reduce": {"dropped": [], "left_out": {"attention_all_reduce": False, "mlp_all_reduce": False}},
@@ -48,6 +50,12 @@ class Shape(NamedTuple):
     """Whether a forward takes seconds: then there are no rounds of warm-up, but one forward that is not timed, and only
     nothing and everything dropped are profiled."""
 
+    @classmethod
+    def of(cls, settings: "LatencyConfig") -> "Shape":
+        """What a point asks for."""
+        decode_at = settings.decode_at or settings.prompt_length
+        return cls(settings.batch_size, settings.prompt_length, decode_at, settings.repeats, settings.blocks_alone)
+
     @property
     def phases(self) -> tuple[str, ...]:
         """What is timed of every arm."""
@@ -67,6 +75,11 @@ class Shape(NamedTuple):
         """Positions that are kept, a multiple of 128."""
         return max(_up(self.prompt_length), self.reach(new_tokens) or 0)
 
+    def sizes(self, new_tokens: int) -> dict[str, int]:
+        """B, T and C of a `spd.gpu.model.GraphModel`."""
+        cache_length = self.cache_length(new_tokens)
+        return {"batch_size": self.batch_size, "prompt_length": self.prompt_length, "cache_length": cache_length}
+
     def positions(self, new_tokens: int) -> int:
         """Positions that the model has to have."""
         return max(self.prompt_length, 0 if self.decode_at is None else self.decode_at + new_tokens)
@@ -76,8 +89,36 @@ def _up(length: int) -> int:
     return -(-length // 128) * 128
 
 
-def check_variant(config: "PretrainedConfig") -> None:
-    """Raises UserError where an architecture has what this engine has not, and `latency=cpu` has."""
+def check_engine(
+    config: "PretrainedConfig",
+    tp_size: int,
+    shapes: list[Shape],
+    devices: list[str],
+    *,
+    dtype: str,
+    new_tokens: int,
+    tp_plan: bool,
+) -> None:
+    """All that can be said of a measurement before a rank is started.
+
+    Raises:
+        UserError: the architecture has what this engine has not, or with `tp_plan` transformers' tensor parallelism;
+            it has too few positions; or a rank's part is too large even for an empty GPU.
+    """
+    _check_variant(config)
+    for shape in shapes:
+        if (asked := shape.positions(new_tokens)) > (config.max_position_embeddings or asked):
+            raise UserError(
+                f"Latency is asked for up to position {asked}, and this model takes {config.max_position_embeddings}."
+            )
+    if tp_plan and not getattr(config, "base_model_tp_plan", None):
+        raise UserError(
+            f"latency.tp_plan=true: transformers has no tp_plan for {config.model_type}; write latency.tp_plan=false."
+        )
+    _check_memory(config, tp_size, shapes, devices, dtype, new_tokens)
+
+
+def _check_variant(config: "PretrainedConfig") -> None:
     known = {
         "word_embed_proj_dim": config.hidden_size,
         "_remove_final_layer_norm": False,
@@ -88,6 +129,11 @@ def check_variant(config: "PretrainedConfig") -> None:
             raise UserError(
                 f"This checkpoint has {setting}={its}, which latency=gpu's engine does not know; write latency=cpu."
             )
+
+
+def gpus(tp_size: int) -> list[str]:
+    """Of each rank the GPU."""
+    return [f"cuda:{rank}" for rank in range(tp_size)]
 
 
 def check_gpus(tp_size: int) -> None:
@@ -104,24 +150,20 @@ def check_gpus(tp_size: int) -> None:
 
 
 def _check_memory(
-    config: Any, family: Any, tp_size: int, dtype: str, devices: list[str], sizes: list[tuple[int, int, int]]
+    config: "PretrainedConfig", tp_size: int, shapes: list[Shape], devices: list[str], dtype: str, new_tokens: int
 ) -> None:
-    """Raises UserError where a rank's part is too large even for a GPU on which nothing else is: before any is asked
-    for, and without touching it. `sizes` are B, T and C."""
     import torch
 
+    from spd.families import family_of
     from spd.gpu.memory import check_memory
 
+    of_all: dict[str, Any] = {"config": config, "family": family_of(config), "dtype": getattr(torch, dtype)}
     for rank, device in enumerate(devices):
         if device == "cpu":
             continue
         whole = torch.cuda.get_device_properties(device).total_memory
-        for size in sizes:
-            named = dict(zip(("batch_size", "prompt_length", "cache_length"), size, strict=True))
-            check_memory(
-                rank, tp_size, device, whole, "in all",
-                config=config, family=family, dtype=getattr(torch, dtype), **named,
-            )  # fmt: skip
+        for shape in shapes:
+            check_memory(rank, tp_size, device, whole, "in all", **of_all, **shape.sizes(new_tokens))
 
 
 def measure_gpu_latency(
@@ -180,19 +222,10 @@ def measure_gpu_latency(
     from spd.families import family_of
     from spd.sharding import check_tp_size
 
+    where = devices or gpus(tp_size)
     config = read_architecture(model) if isinstance(model, dict) else read_config(model)
-    family = family_of(config)
-    check_variant(config)
-    check_tp_size(family, config, tp_size)
-    for shape in shapes:
-        if (asked := shape.positions(new_tokens)) > (config.max_position_embeddings or asked):
-            raise UserError(
-                f"Latency is asked for up to position {asked}, and this model takes {config.max_position_embeddings}."
-            )
-    if tp_plan:
-        from spd.gpu.tp_plan import check_has_plan
-
-        check_has_plan(config)
+    check_tp_size(family_of(config), config, tp_size)
+    check_engine(config, tp_size, shapes, where, dtype=dtype, new_tokens=new_tokens, tp_plan=tp_plan)
     settings: dict[str, Any] = {
         "tp_size": tp_size,
         "dtype": dtype,
@@ -200,9 +233,6 @@ def measure_gpu_latency(
         "warmup": warmup,
         "interconnect": interconnect,
     }
-    where = devices or [f"cuda:{rank}" for rank in range(tp_size)]
-    sizes = [(shape.batch_size, shape.prompt_length, shape.cache_length(new_tokens)) for shape in shapes]
-    _check_memory(config, family, tp_size, dtype, where, sizes)
     every = {name: {"dropped": blocks, "left_out": {}} for name, blocks in arms.items()} | CEILINGS
     sessions: list[dict[str, Any]] = [
         {
@@ -223,10 +253,9 @@ def measure_gpu_latency(
         for shape in shapes
     ]
     given = {"architecture": model} if isinstance(model, dict) else {"checkpoint": str(model.resolve())}
-    # Multicast is left off: the kernels used here need none, and not every machine permits it.
-    environment = ENVIRONMENT[interconnect] | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     # Workers that compile: by default as many as there are cores, for each rank.
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(min(8, threads_per_rank(tp_size)))
+    compilers = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(8, threads_per_rank(tp_size)))}
+    environment = ENVIRONMENT[interconnect] | compilers
     if set(where) == {"cpu"}:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     rounds = sum(shape.repeats for shape in shapes)

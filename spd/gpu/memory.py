@@ -72,15 +72,22 @@ def what_fits(
 ) -> str:  # fmt: skip
     """What of the same model would fit into `free` bytes a GPU, as settings to write."""
 
-    def fits(ranks: int, batch: int) -> bool:
-        return needed(config, family, ranks, batch, prompt_length, cache_length, dtype).fits(free)
+    def at(ranks: int = tp_size, batch: int = batch_size, prompt: int = prompt_length) -> Needed:
+        return needed(
+            config, family, ranks, batch, prompt, min(cache_length, cache_length - prompt_length + prompt), dtype
+        )
 
-    batches = [batch_size >> halvings for halvings in range(1, batch_size.bit_length())]
-    found = [f"latency.batch_size={batch}" for batch in batches if fits(tp_size, batch)][:1]
+    if at().fits(free):
+        return "this fits: something else takes memory there, or more is needed than is known"
+    batches, prompts = (
+        [of >> halvings for halvings in range(1, of.bit_length())] for of in (batch_size, prompt_length)
+    )
+    found = [f"latency.batch_size={batch}" for batch in batches if at(batch=batch).fits(free)][:1]
+    found += [f"latency.prompt_length={prompt}" for prompt in prompts if at(prompt=prompt).fits(free)][:1]
     sizes = [2**power for power in range(7) if 2**power > tp_size]
-    found += [f"parallel.tp_size={n}" for n in sizes if fits_tp_size(family, config, n) and fits(n, batch_size)][:1]
+    found += [f"parallel.tp_size={n}" for n in sizes if fits_tp_size(family, config, n) and at(n).fits(free)][:1]
     if not found:
-        least = needed(config, family, tp_size, 1, prompt_length, cache_length, dtype).total
+        least = at(batch=1).total
         return f"nothing of this model fits; one sequence at this tp_size takes {least / 1e9:.1f} GB a GPU"
     return f"{' or '.join(found)} would fit"
 

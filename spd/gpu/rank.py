@@ -25,8 +25,8 @@ from spd.latency import arm_order, no_garbage_collection
 from spd.launch import Progress
 
 SHORT_MS = 100
-"""Milliseconds of a forward below which one that is not timed precedes each that is: on two H200s one of 4 ms was
-slower by up to 5 % after an arm that had left the links idle."""
+"""Milliseconds: a forward that takes less is preceded by one that is not timed. On two H200s one of 4 ms was slower by
+up to 5 % after an arm that had left the links idle."""
 
 
 class Bench(NamedTuple):
@@ -53,11 +53,10 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
     config = read_config(folder) if folder else read_architecture(settings["architecture"])
     family = family_of(config)
     shapes = [Shape(**shape) for shape in settings["shapes"]]
-    sized = [(shape.batch_size, shape.prompt_length, shape.cache_length(settings["new_tokens"])) for shape in shapes]
+    sizes = [shape.sizes(settings["new_tokens"]) for shape in shapes]
 
     def of(place: int) -> dict[str, Any]:
-        named = dict(zip(("batch_size", "prompt_length", "cache_length"), sized[place], strict=True))
-        return {"config": config, "family": family, "dtype": dtype, "tp_size": tp_size, **named}
+        return {"config": config, "family": family, "dtype": dtype, "tp_size": tp_size, **sizes[place]}
 
     free = 0
     if device.type == "cuda":
@@ -86,9 +85,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             tp_size,
             rank,
             checkpoint=Checkpoint(folder) if folder else None,
-            batch_size=sized[0][0],
-            prompt_length=sized[0][1],
-            cache_length=sized[0][2],
+            **sizes[0],
             all_reduce=reduce,
             dtype=dtype,
             device=device,
@@ -104,7 +101,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             def told(repeat: int, before: int = done) -> None:
                 on_progress(before + repeat, rounds)
 
-            _resize(bench, sized[place])
+            _resize(bench, sizes[place])
             found.append({"link": link} | _measure(bench, shape, told))
             done += shape.repeats
         # Of graphs captured anew, after all that is timed: what has been traced once can be slower afterwards.
@@ -112,7 +109,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
             found[place] |= {"communication": None, "timeline": None}
             began = time.perf_counter()
             if settings["profile"]:
-                _resize(bench, sized[place])
+                _resize(bench, sizes[place])
                 found[place] |= _profiles(bench, shape)
             whole = seconds | found[place]["seconds"] | {"profile": time.perf_counter() - began}
             found[place]["seconds"] = {name: round(taken, 1) for name, taken in whole.items()}
@@ -143,11 +140,11 @@ def _messages(shape: Shape, hidden_size: int, tp_size: int) -> dict[str, int]:
     return of_blocks | {"choice": candidates_size(shape.batch_size, tp_size)}
 
 
-def _resize(bench: Bench, size: tuple[int, int, int]) -> None:
+def _resize(bench: Bench, sizes: dict[str, int]) -> None:
     """The model takes another batch size, prompt length and cache length, and a prompt of the launch's seed."""
     model = bench.model
     torch.cuda.empty_cache()  # the graphs of the shape before are gone
-    model.resize(*size)
+    model.resize(**sizes)
     random = torch.Generator(model.device).manual_seed(bench.settings["seed"])
     model.prompt.random_(0, len(model.embedding), generator=random)
 

@@ -40,9 +40,7 @@ def gpu_latency(
         "interconnect": config.interconnect.name.name,
         "tp_plan": settings.tp_plan,
     }
-
-    decode_at = settings.decode_at or settings.prompt_length
-    shape = Shape(settings.batch_size, settings.prompt_length, decode_at, settings.repeats, settings.blocks_alone)
+    shape = Shape.of(settings)
 
     def measure() -> dict[str, Any]:
         display.step(f"measuring latency, launches: {settings.launches}, GPUs: {parallel.tp_size}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from spd.checkpoint import read_architecture
 from spd.errors import UserError
@@ -16,14 +16,6 @@ from spd.gpu.latency import Shape
 from spd.gpu.rank import start
 from spd.gpu.timing import events_ms, meet, slowest
 from spd.launch import Progress
-
-
-def check_has_plan(config: PretrainedConfig) -> None:
-    """Raises UserError for a family that transformers cannot run tensor-parallel."""
-    if not getattr(config, "base_model_tp_plan", None):
-        raise UserError(
-            f"latency.tp_plan=true: transformers has no tp_plan for {config.model_type}; write latency.tp_plan=false."
-        )
 
 
 def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def apply(
         model: the original model, nothing applied to it yet; virtual ranks unless the plan is zero-shot.
         plan: made for this model at this tp size.
         calibration: token ids [S, T], S >= 8; zero-shot does not need them. The last eighth is held out.
-        distillation, corrections: settings; by default the published ones.
+        distillation, corrections: settings; by default those of `spd.config`.
         seed: of the order in which distillation sees the samples, and of searches.
         cache: where treated blocks are kept and looked for.
         device: where blocks are treated; by default the model's.
