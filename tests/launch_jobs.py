@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def fail_in_the_middle(arguments: dict[str, Any], on_progress: Any) -> dict[str,
     if dist.get_rank() == arguments["rank"]:
         if arguments["how"] == "exception":
             raise ZeroDivisionError("this rank divided by zero")
+        if arguments["how"] == "abort":
+            print("a library gives up", file=sys.stderr, flush=True)
+            os.abort()
         os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(1000):
         dist.all_reduce(torch.zeros(1))

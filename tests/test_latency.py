@@ -66,7 +66,7 @@ def test_every_arm_is_timed_with_its_own_blocks_dropped_and_the_slowest_rank_cou
 
     from spd.model import TensorParallelLM
 
-    seen, arms = [], {"0": [], "2": [0, 2], "3": [0, 1, 2]}
+    seen, arms, clock, corrected = [], {"0": [], "2": [0, 2], "3": [0, 1, 2]}, [0.0], []
     reduced: list[Any] = []
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     load, sum_over = spd.load, dist.all_reduce
@@ -74,6 +74,7 @@ def test_every_arm_is_timed_with_its_own_blocks_dropped_and_the_slowest_rank_cou
     def loading(*given: Any, **named: Any) -> TensorParallelLM:
         model = load(*given, **named)
         model.hf.register_forward_pre_hook(lambda *_: seen.append(model.dropped))
+        model.hf.register_forward_hook(lambda *_: clock.append(clock.pop() + 0.25))  # seconds that a forward takes
         return model
 
     def reducing(tensor: Any, op: Any = dist.ReduceOp.SUM) -> Any:
@@ -82,15 +83,25 @@ def test_every_arm_is_timed_with_its_own_blocks_dropped_and_the_slowest_rank_cou
 
     monkeypatch.setattr(spd, "load", loading)
     monkeypatch.setattr(dist, "all_reduce", reducing)
-    asked = {"checkpoint": str(tiny_llama), "tp_size": 1, "arms": arms, "seed": 3, "corrections": None}
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(TensorParallelLM, "load_corrections", lambda model, file: corrected.append(file))
+    asked = {
+        "checkpoint": str(tiny_llama),
+        "tp_size": 1,
+        "arms": arms,
+        "seed": 3,
+        "corrections": "fixes",
+        "new_tokens": 3,
+    }
     try:
         found = measure_rank(SETTINGS | asked | {"repeats": 4}, lambda done, total: None)
     finally:
         dist.destroy_process_group()
     forwards = [list(arms.values())[place] for repeat in range(4) for place in arm_order(3, repeat, 3)]
-    assert seen == [tuple(dropped) for dropped in forwards for _ in ("prompt", "token")]
+    assert seen == [tuple(dropped) for dropped in forwards for _ in range(1 + 3)]
+    assert corrected == [Path("fixes")]
     assert (3, dist.ReduceOp.MAX) in reduced
-    assert [len(times) for times in found["ttft_ms"].values()] == [4, 4, 4]
+    assert [found[metric][arm] for metric in ("ttft_ms", "tpot_ms") for arm in arms] == 6 * [4 * [250.0]]
 
 
 def test_launches_of_one_machine_never_overlap(

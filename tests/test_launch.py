@@ -81,6 +81,13 @@ def test_a_killed_rank_ends_the_launch_with_its_signal_and_not_the_others_lost_c
     assert caught.value.rank == 1
 
 
+def test_the_last_words_of_a_rank_that_aborts_are_shown_whoever_is_blamed() -> None:
+    with pytest.raises(RankFailed, match="rank 1 was killed by SIGABRT") as caught:
+        run_ranks("launch_jobs:fail_in_the_middle", {"rank": 1, "how": "abort"}, tp_size=2)
+    assert "The last words of rank 1:" in str(caught.value)
+    assert "a library gives up" in str(caught.value)
+
+
 def test_a_user_error_on_a_rank_stays_a_user_error() -> None:
     with pytest.raises(UserError, match=r"^there are 8 heads: tp_size 1, 2, 4 or 8 would work$"):
         run_ranks("launch_jobs:user_error", {}, tp_size=1)
