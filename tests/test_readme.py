@@ -39,7 +39,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names["logits"].shape == (2, 256, names["model"].config.vocab_size)
     assert 17 <= names["tokens"].shape[1] <= 24  # fewer than eight new ones where both texts end before
     assert len(names["plan"].dropped) == 6
-    assert spd.load("prepared").dropped == tuple(names["plan"].dropped)
+    assert spd.load("runs/prepared").dropped == tuple(names["plan"].dropped)
     assert names["model"].dropped == (3, 5)
 
 

@@ -303,6 +303,21 @@ def test_one_blocks_kernels_take_what_the_readme_says() -> None:
     assert "all else takes {:.1f} and {:.1f} us".format(*rest) in readme
     sums = [us for of in (dropped, tp) for *_, us, sums in of if sums]
     assert "is left takes {:.1f} us, and the two {:.1f} and {:.1f}".format(*sums) in readme
+    shares = [
+        100 * found[f"{model} tp2 {link}"]["sessions"]["1x128"]["communication"][0]["ttft_ms"][arm]["share"]
+        for model, most in (("llama2_7b", "32"), ("llama2_70b", "80"))
+        for link in ("native", "lbw")
+        for arm in ("0", most)
+    ]
+    said = "{:.1f} and {:.1f} % of 7B's with direct links, {:.1f} and {:.1f} % without, "
+    said += "and {:.1f} and {:.1f} %, {:.1f} and {:.1f} % of 70B's"
+    assert said.format(*shares) in readme
+    predicted = [
+        found["llama2_70b tp2 native"]["sessions"]["1x128"]["timeline"][0]["tpot_ms"][arm] for arm in ("0", "80")
+    ]
+    tp_us, dropped_us = (of[-1]["end_us"] - of[0]["start_us"] for of in predicted)
+    times = found["llama2_70b tp2 native"]["sessions"]["1x128"]["tpot_ms"]["0"][0]
+    assert f"would have it {80 * (tp_us - dropped_us) / 10 / np.median(times):.1f} %" in readme
     rates = {key: entry["sessions"]["1x128"]["rates"][0] for key, entry in found.items()}
     key = "opt_30b tp2 lbw"
     products = [us for name, us, _ in kernels(key, "16x2048", "ttft_ms", "0") if name.startswith("nvjet")]

@@ -122,6 +122,24 @@ def test_the_plan_records_what_was_done_and_survives_a_file(
         assert isinstance(outcome["notes"], list)
 
 
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES[1:])
+def test_a_plan_that_was_applied_gives_the_same_model_again_or_says_that_the_samples_are_others(
+    tiny_llama: Path, strategy: str, tmp_path: Path
+) -> None:
+    first = prepare(spd.load(tiny_llama, tp_size=4), strategy, seed=7)
+    plan_in(first).save(tmp_path / "plan.json")
+    plan, ids = DropPlan.load(tmp_path / "plan.json"), tokens(2, 9)
+    again = spd.apply(spd.load(tiny_llama, tp_size=4), plan, CALIBRATION)
+    assert plan_in(again).recovery == plan_in(first).recovery
+    assert_same(again(ids), first(ids))
+    with pytest.raises(spd.UserError, match=r"applied before with other calibration samples, \[32, 12\] token ids"):
+        spd.apply(spd.load(tiny_llama, tp_size=4), plan, tokens(32, 12, seed=8))
+    faster = spd.apply(spd.load(tiny_llama, tp_size=4), plan, CALIBRATION, distillation=DistillationConfig(epochs=1))
+    recovery = plan_in(faster).recovery
+    assert recovery is not None
+    assert recovery.get("distillation", {}).get("epochs") == (1 if "b2b" in strategy else None)
+
+
 def test_published_learning_rates_are_the_defaults(checkpoint: Callable[..., Path], family: str) -> None:
     model = spd.load(checkpoint(family), tp_size=2)
     prepare(model, "zs_b2b", 0.67, distillation=DistillationConfig(epochs=1))

@@ -145,7 +145,7 @@ def check_gpus(tp_size: int) -> None:
         least = f"parallel.tp_size={found}, " if found else ""
         raise UserError(
             f"latency=gpu needs a GPU for each of parallel.tp_size={tp_size} ranks, and torch sees {found} on this "
-            f"machine; write {least}latency=cpu or latency=none."
+            f"machine; write {least}latency=none, or of a checkpoint latency=cpu."
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from spd.block import Block
-from spd.config import CorrectionConfig, DistillationConfig
+from spd.config import CorrectionConfig, CorrectionKind, DistillationConfig
 from spd.errors import UserError
 from spd.launch import Progress
 from spd.loading import find_device
@@ -49,7 +49,7 @@ def apply(
     *,
     distillation: DistillationConfig | None = None,
     corrections: CorrectionConfig | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     cache: BlockCache | None = None,
     device: str | torch.device | None = None,
     on_progress: Progress | None = None,
@@ -61,8 +61,9 @@ def apply(
         model: the original model, nothing applied to it yet; virtual ranks unless the plan is zero-shot.
         plan: made for this model at this tp size.
         calibration: token ids [S, T], S >= 8; zero-shot does not need them. The last eighth is held out.
-        distillation, corrections: settings; by default those of `spd.config`.
-        seed: of the order in which distillation sees the samples, and of searches.
+        distillation, corrections: settings; by default those that the plan was applied with before (`plan.recovery`),
+            else those of `spd.config`.
+        seed: of the order in which distillation sees the samples, and of searches; by default likewise, else 0.
         cache: where treated blocks are kept and looked for.
         device: where blocks are treated; by default the model's.
         on_progress: called with (steps done, steps in all).
@@ -70,14 +71,19 @@ def apply(
 
     Raises:
         UserError: the plan is for another model, other weights or another tp size; blocks were treated already; too
-            little calibration data.
+            little calibration data, or other than the plan was applied with before.
     """
     if model.outcomes:
         raise UserError(
             f"Block {min(model.outcomes)} of this model was treated already; "
             "load the original model and apply this plan to that."
         )
-    distillation, corrections = distillation or DistillationConfig(), corrections or CorrectionConfig()
+    before = plan.recovery or {}
+    distillation = distillation or DistillationConfig(**before.get("distillation", {}))
+    if corrections is None:
+        corrections = CorrectionConfig(**before.get("correction", {}))
+        corrections.kind = CorrectionKind(corrections.kind)
+    seed = before.get("seed", 0) if seed is None else seed
     distillation.check()
     corrections.check()
     treated = {i: steps.split("+") for i, steps in plan.treatment.items() if steps != "zs"}
@@ -86,15 +92,12 @@ def apply(
     plan.check_fits(model, weights=True)
     if calibration is not None and treated:
         where = find_device(device, "virtual") if device else model.device
-        work = _Recovery(
-            model,
-            calibration,
-            distillation,
-            corrections,
-            seed,
-            where,
-            say,
-        )
+        work = _Recovery(model, calibration, distillation, corrections, seed, where, say)
+        if before and before["calibration"] != work.settings(set())["calibration"]:
+            raise UserError(
+                f"This plan was applied before with other calibration samples, {before['samples']} token ids of sha256 "
+                f"{before['calibration'][:12]}; give the same ones, or make a new plan."
+            )
         try:
             for done, (i, steps) in enumerate(sorted(treated.items())):
                 within = None if on_progress is None else _within(on_progress, done, len(treated))
