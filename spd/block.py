@@ -15,9 +15,6 @@ from spd.ranks import Ranks
 from spd.sharding import RankColumns
 from spd.strategies.correction import Correction
 
-PIECE = 2**19
-"""Numbers of all ranks together in a piece of `Block.spd`, on a CPU."""
-
 
 class Block(nn.Module):
     """One transformer block over the ranks of this process.
@@ -106,53 +103,23 @@ class Block(nn.Module):
 
         `inputs` are for a correction that looks a token back; without them, `X` are whole sequences without padding.
         """
-        pieces = zip(*map(self._pieces, self._seen(x, heads, **inputs)), strict=True)
-        outputs = [self._spd_local(*piece) for piece in pieces]
-        local = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return _plus(x, self.attention_bias) + _plus(self.ranks.sum(local.view_as(x)), self.mlp_bias)
-
-    def _spd_local(self, residual: Tensor, heads: Tensor, *known: Tensor) -> Tensor:
-        """`sum_i(P_i + MLP_i(norm2(U_i)))` [B, T, D] over this process's ranks, from what `_seen` gives."""
         partials = self.partials(heads)
-        attended = partials[0] if len(partials) == 1 else partials.sum(0)
-        return attended + self.mlp_output.total(self.mlp(self.norm2(self._u(residual, partials, *known))))
+        attended = partials.sum(0)  # before `_u` writes over them
+        local = attended + self.mlp_output.total(self.mlp(self.norm2(self._u(x, partials, **inputs))))
+        return _plus(x, self.attention_bias) + _plus(self.ranks.sum(local), self.mlp_bias)
 
     def mlp_inputs(self, x: Tensor, heads: Tensor, **inputs: Any) -> Tensor:
         """`U_i` [n, B, T, D] of every rank of this process."""
-        residual, _, *known = self._seen(x, heads, **inputs)
-        return self._u(residual, self.partials(heads), *known)
+        return self._u(x, self.partials(heads), **inputs)
 
-    def _seen(self, x: Tensor, heads: Tensor, **inputs: Any) -> list[Tensor]:
-        """What a dropped block goes by, token by token: `X + b`, heads, and for a correction `norm1(X)`, also of the
-        token before if it looks there."""
+    def _u(self, x: Tensor, partials: Tensor, **inputs: Any) -> Tensor:
+        """`U_i` [n, B, T, D] from `X` [B, T, D] and `P_i` [n, B, T, D], which are written over."""
         residual = _plus(x, self.attention_bias)
-        if self.correction is None:
-            return [residual, heads]
-        normed = self.norm1(x)
-        before = self.correction.before(normed, inputs.get("position_ids"), inputs.get("past_key_values"))
-        return [residual, heads, normed] if before is None else [residual, heads, normed, before]
-
-    def _u(
-        self, residual: Tensor, partials: Tensor, normed: Tensor | None = None, before: Tensor | None = None
-    ) -> Tensor:
-        """`U_i` [n, B, T, D] from `X + b` [B, T, D], the partial sums `P_i` [n, B, T, D], which several ranks' are
-        written over, and for a correction `norm1(X)` [B, T, D] and that of the token before."""
         if self.correction is not None:
-            assert normed is not None
-            with_missing = (p + self.correction(rank, normed, p, before) for rank, p in enumerate(partials))
-            partials = torch.stack(list(with_missing))
-        return partials.add_(residual) if len(partials) > 1 else residual + partials
-
-    def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, T, ...] by tokens, [1, t, ...]: on a GPU all at once.
-
-        On a CPU, of many ranks, as many as stay in its cache: fresh memory costs as much as the arithmetic.
-        """
-        n, tokens = len(self.ranks.local), x.flatten(0, 1).unsqueeze(0)
-        if n == 1 or x.device.type != "cpu":
-            return (tokens,)
-        most = max(1, PIECE // (n * self.mlp_output.out_features))
-        return tokens.chunk(-(-tokens.shape[1] // most), dim=1)
+            normed = self.norm1(x)
+            before = self.correction.before(normed, inputs.get("position_ids"), inputs.get("past_key_values"))
+            partials = torch.stack([p + self.correction(rank, normed, p, before) for rank, p in enumerate(partials)])
+        return partials.add_(residual)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

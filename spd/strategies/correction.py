@@ -74,8 +74,8 @@ class Correction(nn.Module):
             self.register_buffer(name, tensors.get(name), persistent=False)
 
     def forward(self, rank: int, normed: Tensor, partial: Tensor, before: Tensor | None) -> Tensor:
-        """`M_i` of the process's `rank`-th rank from `norm1(X)`, `P_i` and `norm1(X)` of the token before, all
-        [B, T, D]."""
+        """`M_i` [B, T, D], of a constant [D], of the process's `rank`-th rank from `norm1(X)`, `P_i` and `norm1(X)` of
+        the token before, all [B, T, D]."""
         missing = self.constant[rank]
         if self.scale is not None:
             missing = missing + self.scale[rank] * partial
