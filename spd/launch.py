@@ -175,7 +175,8 @@ def _wait(agent: "subprocess.Popen[bytes]", folder: Path, timeout_s: float, on_p
     while agent.poll() is None:
         if time.monotonic() > deadline:
             raise RankFailed(
-                f"the launch did not end within {timeout_s:g} s (latency.timeout_s); all ranks were killed.\n"
+                f"the launch did not end within {timeout_s:g} s, and all ranks were killed; for a latency write "
+                f"latency.timeout_s={2 * timeout_s:g} if it should take as long.\n"
                 f"{_stacks(folder)}"
             )
         time.sleep(_POLL_S)

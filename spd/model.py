@@ -5,7 +5,8 @@ Legend: B batch, T tokens, V vocabulary, D hidden size, L blocks, N ranks.
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,13 @@ class TensorParallelLM(nn.Module):
         """Drops exactly these blocks' attention sync points; `drop([])` restores all.
 
         Raises:
-            UserError: a block that does not exist.
+            UserError: something else than numbers of blocks, or a block that does not exist.
         """
-        if isinstance(blocks, int):
-            raise UserError(f"drop takes a list of blocks; write drop([{blocks}]).")
+        if not isinstance(blocks, Iterable) or not all(isinstance(block, Integral) for block in blocks):
+            raise UserError(
+                f"drop takes a list of blocks by number, as in drop([0, 3]), not {blocks!r}; "
+                "a fraction is for spd.make_plan(report, drop=0.5)."
+            )
         strangers = sorted(set(blocks) - set(range(self.num_blocks)))
         if strangers:
             raise UserError(f"There is no block {strangers[0]}; this model's blocks are 0 to {self.num_blocks - 1}.")

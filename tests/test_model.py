@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,6 +35,15 @@ def layer_of(model: spd.TensorParallelLM, tp_size: int, ranks: list[int]) -> Any
     family, config, original = model.family, model.hf.config, model.blocks[0].layer
     reader = BlockReader(family, config, type(original), Cut.of_ranks(family, config, tp_size, ranks))
     return reader.read(0, InMemory(model.layer_tensors(model.blocks[0])), torch.float32, torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize("blocks", [0.5, 1, "1", ["1"], [0.5]])
+def test_what_is_no_list_of_blocks_is_told_how_to_write_one(tiny_llama: Path, blocks: Any) -> None:
+    model = spd.load(tiny_llama, tp_size=2)
+    model.drop(np.array([1]))
+    with pytest.raises(spd.UserError, match=r"as in drop\(\[0, 3\]\), not .*; a fraction is for spd.make_plan"):
+        model.drop(blocks)
+    assert model.dropped == (1,)
 
 
 def test_every_rank_holds_only_its_share(tiny_qwen2: Path) -> None:
