@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spd
+from spd import families
+from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import all_reduce, graphs
 from spd.gpu.halves import Stage
@@ -38,6 +40,13 @@ class Meeting:
             return total
 
         return reduce
+
+
+def test_a_layer_with_parts_that_the_engine_does_not_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.FAMILIES, "qwen3", families.Family())
+    config = AutoConfig.for_model("qwen3", **WIDTHS, num_hidden_layers=1, vocab_size=50, head_dim=16)
+    with pytest.raises(UserError, match=r"does not know what self_attn\.k_norm of a Qwen3DecoderLayer does; write"):
+        GraphModel(config, family_of(config), 2, 0, dtype=torch.float32, device="cpu", compiled=False)
 
 
 @every_family

@@ -172,8 +172,7 @@ def fitting(architecture: dict[str, Any], tp_size: int, names: list[str]) -> dic
     found = {}
     for name in names:
         shape = SHAPES[name]
-        cache = shape.cache_length(NEW_TOKENS)
-        asked = needed(config, family_of(config), tp_size, shape.batch_size, shape.prompt_length, cache, torch.bfloat16)
+        asked = needed(config, family_of(config), tp_size, **shape.sizes(NEW_TOKENS), dtype=torch.bfloat16)
         if asked.fits(whole):
             fewer: dict[str, Any] = {"repeats": max(2, shape.repeats // 4 * 2), "long": name == "16x2048"}
             found[name] = shape._replace(**fewer) if asked.weights > LARGE and name != "1x128" else shape

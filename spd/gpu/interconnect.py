@@ -8,7 +8,7 @@ import torch.distributed as dist
 from spd.gpu import all_reduce
 
 _NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-# The switch's multicast goes over direct links whatever P2P says.
+# From three GPUs on NCCL may multicast, over direct links, whatever P2P says.
 _NO_DIRECT_LINKS = _NO_MULTICAST | {"NCCL_P2P_DISABLE": "1", "NCCL_NVLS_ENABLE": "0"}
 ENVIRONMENT: dict[str, dict[str, str]] = {
     "native": _NO_MULTICAST | {"NCCL_P2P_DISABLE": "0", "NCCL_SHM_DISABLE": "0"},
