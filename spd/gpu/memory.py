@@ -73,9 +73,7 @@ def what_fits(
     """What of the same model would fit into `free` bytes a GPU, as settings to write."""
 
     def at(ranks: int = tp_size, batch: int = batch_size, prompt: int = prompt_length) -> Needed:
-        return needed(
-            config, family, ranks, batch, prompt, min(cache_length, cache_length - prompt_length + prompt), dtype
-        )
+        return needed(config, family, ranks, batch, prompt, cache_length, dtype)  # a shorter prompt may need less cache
 
     if at().fits(free):
         return "this fits: something else takes memory there, or more is needed than is known"
