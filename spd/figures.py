@@ -39,6 +39,7 @@ _NEEDED = (
     "tp_size",
     "strategy",
     "drop",
+    "fraction_dropped",
     "status",
     "accuracy_mean",
     "accuracy_mean_stderr",
@@ -76,7 +77,8 @@ def read_points(path: str | Path) -> pd.DataFrame:
 
 
 def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
-    """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against drop fraction.
+    """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against the
+    fraction of blocks dropped (a whole number of blocks, so not always what was asked for).
 
     One line for each model, tp size, strategy and whatever else was swept over (`spd.results.line_columns`). Points
     that failed are left out, and so is a panel for which nothing was measured.
@@ -108,7 +110,7 @@ def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
             panels = list(figure.subplots(1, len(against_drop), squeeze=False)[0])
         for line, style in lines:
             for panel, name in zip(panels, against_drop, strict=True):
-                _draw(panel, line, "drop", name, style)
+                _draw(panel, line, "fraction_dropped", name, style)
             if latency_panel is not None:
                 _draw(latency_panel, line, "ttft_speedup_percent", quality, style)
         for panel, name in zip(panels, against_drop, strict=True):
@@ -256,7 +258,7 @@ def _notes(points: pd.DataFrame, has: dict[str, bool], labelled: bool) -> str:
 
 
 def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -> None:
-    """Write each point's drop fraction beside it, where it covers no line, error bar or other label and no other point
+    """Write each point's fraction of blocks dropped beside it, where it covers no line, error bar or other label and no other point
     is nearer; else not at all.
 
     The panels against the drop fraction show the same points.
@@ -279,7 +281,7 @@ def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -
     for its, (colour, point) in enumerate(labelled):
         for dx, dy in places:
             label = axes.annotate(
-                f"{100 * point['drop']:.3g}%",
+                f"{100 * point['fraction_dropped']:.3g}%",
                 (point["ttft_speedup_percent"], point[quality]),
                 xytext=(dx, dy),
                 textcoords="offset points",

@@ -279,8 +279,8 @@ def to_frame(records: list[Record]) -> "pd.DataFrame":
     """points.csv as a table: one row a record; what was not measured is missing, never 0.
 
     Columns: model, tp_size, strategy, what else of the configuration tells the records apart (under its setting's name,
-    as strategy.order; usually nothing; see `line_columns`), drop, num_dropped, dropped_blocks (space-separated),
-    perplexity, accuracy_mean, accuracy_mean_stderr, <task>, <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and
+    as strategy.order; usually nothing; see `line_columns`), drop (as asked for), num_dropped, fraction_dropped (of all
+    blocks, 0..1), dropped_blocks (space-separated), perplexity, accuracy_mean, accuracy_mean_stderr, <task>, <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and
     likewise tpot_ms, ttft_speedup_percent, tpot_speedup_percent, then latency_confidence (of these intervals, 0..1),
     status, error, key.
     """
@@ -346,6 +346,7 @@ def _row(record: Record, tasks: list[str]) -> dict[str, Any]:
         "strategy": config["strategy"]["name"],
         "drop": config["drop"],
         "num_dropped": None if dropped is None else len(dropped),
+        "fraction_dropped": None if dropped is None else len(dropped) / plan["source"]["num_blocks"],
         "dropped_blocks": None if dropped is None else " ".join(map(str, sorted(dropped))),
         "perplexity": (record.get("perplexity") or {}).get("value"),
         "accuracy_mean": (accuracy.get("mean") or {}).get("value"),

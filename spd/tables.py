@@ -42,12 +42,16 @@ def print_table(records: list[Record], title: str | None = None) -> None:
 def _points(table: Table, frame: "pd.DataFrame", varying: list[str], spread: bool) -> None:
     """A row for each point and a column for whatever was measured; with `spread`, errors and intervals too."""
 
+    def blocks(row: Any) -> str:
+        share = _number(row["fraction_dropped"], " ({:.1%})", "") if spread else ""
+        return _number(row["num_dropped"], "{:.0f}") + share
+
     def accuracy(row: Any) -> str:
         error = _number(row["accuracy_mean_stderr"], " ± {:.3f}", "") if spread else ""
         return _number(row["accuracy_mean"], "{:.3f}") + error
 
     columns: dict[str, Callable[[Any], str]] = {
-        "blocks": lambda row: _number(row["num_dropped"], "{:.0f}"),
+        "blocks": blocks,
         "accuracy": accuracy,
         "perplexity": lambda row: _number(row["perplexity"], "{:.3f}"),
         "TTFT ms": lambda row: _interval(row, "ttft_ms", "{:.1f}", "", spread),

@@ -56,11 +56,11 @@ def log_sweep(records: list[Record], csv_path: Path, png_path: Path, config: Run
     inputs["fingerprint"] = sorted({record["weights"] for record in records if record["weights"]})
     with _run(config, f"sweep-{digest(config.sweep)[:24]}", f"sweep {config.sweep}", "sweep", inputs) as run:
         logged: dict[str, Any] = {"all_points": wandb.Table(dataframe=points.astype({"drop": float}))}
-        for x, label in (("ttft_speedup_percent", "accuracy against latency"), ("drop", "accuracy against drop")):
+        for x, label in (("ttft_speedup_percent", "accuracy against latency"), ("fraction_dropped", "accuracy against drop")):
             chart = _line_chart(points, x, "accuracy_mean", label)
             if chart is not None:
                 logged[label.replace(" ", "_")] = chart
-        chart = _line_chart(points, "drop", "perplexity", "perplexity against drop")
+        chart = _line_chart(points, "fraction_dropped", "perplexity", "perplexity against drop")
         if chart is not None:
             logged["perplexity_against_drop"] = chart
         if png_path.exists():
@@ -88,7 +88,9 @@ def numbers(record: Record) -> dict[str, float]:
     """
     plan, accuracy, latency = record["plan"] or {}, record["accuracy"] or {}, record["latency"] or {}
     found: dict[str, float | None] = {"drop": record["config"]["drop"]}
-    found["num_dropped"] = len(plan["dropped"]) if plan else None
+    if plan:
+        found["num_dropped"] = len(plan["dropped"])
+        found["fraction_dropped"] = len(plan["dropped"]) / plan["source"]["num_blocks"]
     found["perplexity"] = (record["perplexity"] or {}).get("value")
     scores = accuracy.get("tasks", {}) | ({"mean": accuracy["mean"]} if accuracy else {})
     for task, score in scores.items():

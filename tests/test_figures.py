@@ -30,6 +30,7 @@ def make_points(model: str = "ref_llama", tp_size: int = 4, drops: tuple[float, 
                 "strategy": "zs",
                 "drop": drop,
                 "num_dropped": round(12 * drop),
+                "fraction_dropped": round(12 * drop) / 12,
                 "dropped_blocks": " ".join(map(str, range(round(12 * drop)))),
                 "perplexity": 3 + 2 * drop**3,
                 "accuracy_mean": 0.84 - 0.2 * drop**3,
@@ -157,7 +158,7 @@ def test_a_table_that_is_none_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as a table"):
         read_points(tmp_path / "empty.csv")
     (tmp_path / "other.csv").write_text("model,drop\na,0\n")
-    with pytest.raises(UserError, match="no column tp_size, strategy, status"):
+    with pytest.raises(UserError, match="no column tp_size, strategy, fraction_dropped, status"):
         read_points(tmp_path / "other.csv")
 
 
@@ -191,6 +192,18 @@ def test_accuracy_has_its_standard_error_as_bars(monkeypatch: pytest.MonkeyPatch
     assert all(bars == [0.01, 0.02, 0.03, 0.04, 0.05] for bars in of_accuracy)
 
 
+def test_figures_show_the_blocks_that_are_dropped_and_not_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: seen.append(figure))
+    plot_curve(make_points(drops=(0.0, 0.3, 0.625)), tmp_path / "curve.png")  # 4 and 8 of 12 blocks
+    curve, accuracy, perplexity = seen[0].axes
+    assert {text.get_text() for text in curve.texts} <= {"0%", "33.3%", "66.7%"}
+    for axes in (accuracy, perplexity):
+        assert np.allclose(axes.lines[0].get_xdata(), [0, 4 / 12, 8 / 12])
+
+
 def test_a_label_is_nearer_to_its_own_point_than_to_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Two points almost upon each other, as in experiments/quickstart.
     points = make_points().assign(
@@ -205,7 +218,7 @@ def test_a_label_is_nearer_to_its_own_point_than_to_any_other(monkeypatch: pytes
         for text in axes.texts:
             box = text.get_window_extent()
             away = np.hypot(*(places - np.mean([box.min, box.max], axis=0)).T)
-            found.append((text.get_text(), f"{100 * points['drop'][away.argmin()]:.3g}%"))
+            found.append((text.get_text(), f"{100 * points['fraction_dropped'][away.argmin()]:.3g}%"))
         save(figure, path)
 
     monkeypatch.setattr(figures, "_save", look)

@@ -186,21 +186,18 @@ def test_processes_that_want_the_same_value_compute_it_once(tmp_path: Path) -> N
 def test_a_table_has_gaps_where_nothing_was_measured(tmp_path: Path) -> None:
     accuracy = {"mean": {"value": 0.5, "stderr": 0.1}, "tasks": {"facts": {"value": 0.5, "stderr": None}}}
     latency = {"ttft_ms": {"median": 3.0, "low": 2.0, "high": 4.0}}
-    done = make_record(plan={"dropped": [5, 3]}, perplexity={"value": 9.0}, accuracy=accuracy, latency=latency)
+    plan = {"dropped": [5, 3], "source": {"num_blocks": 8}}
+    done = make_record(plan=plan, perplexity={"value": 9.0}, accuracy=accuracy, latency=latency)
     failed = make_record(key=None, status="failed", error="a, comma", plan=None, accuracy=None, latency=None)
     to_frame([done, failed]).to_csv(tmp_path / "points.csv", index=False)
     frame = pd.read_csv(tmp_path / "points.csv")
     first, second = frame.to_dict("records")
-    assert (first["num_dropped"], first["dropped_blocks"], first["facts"], first["ttft_ms_high"]) == (
-        2,
-        "3 5",
-        0.5,
-        4.0,
-    )
+    assert (first["num_dropped"], first["fraction_dropped"], first["dropped_blocks"]) == (2, 0.25, "3 5")
+    assert (first["facts"], first["ttft_ms_high"]) == (0.5, 4.0)
     assert frame.loc[0, ["facts_stderr", "tpot_ms", "error"]].isna().all()
     assert frame.loc[1, ["perplexity", "accuracy_mean", "facts", "ttft_ms", "num_dropped", "key"]].isna().all()
     assert (second["model"], second["status"], second["error"]) == ("tiny", "failed", "a, comma")
-    assert list(frame.columns[:6]) == ["model", "tp_size", "strategy", "drop", "num_dropped", "dropped_blocks"]
+    assert list(frame.columns[:6]) == ["model", "tp_size", "strategy", "drop", "num_dropped", "fraction_dropped"]
     assert list(frame.columns[-3:]) == ["status", "error", "key"]
 
 

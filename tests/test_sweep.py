@@ -162,7 +162,7 @@ def make_record(sweep: Sweep, number: int, **changes: Any) -> Record:
     found = {
         "key": f"key{number}",
         "status": "done",
-        "plan": {"dropped": list(range(number))},
+        "plan": {"dropped": list(range(number)), "source": {"num_blocks": 12}},
         "perplexity": {"value": 3.0 + number, "tokens": 10},
         "accuracy": {"mean": {"value": 0.8 - 0.1 * number, "stderr": 0.01}, "tasks": {}},
     }

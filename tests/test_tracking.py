@@ -46,7 +46,7 @@ def make_record(config: RunConfig, drop: float, **changes: Any) -> dict[str, Any
         "weights": "cafe",
         "environment": {"versions": {"torch": "2.13"}, "seconds": 3.5},
         "sensitivity": {},
-        "plan": {"dropped": list(range(round(drop * 12)))},
+        "plan": {"dropped": list(range(round(drop * 12))), "source": {"num_blocks": 12}},
         "perplexity": {"value": 3.0 + drop, "tokens": 8192},
         "accuracy": {"mean": {"value": 0.8 - drop / 4, "stderr": 0.01}, "tasks": {"tiny_words": scores}},
         "latency": {name: interval(30 * drop) for name in tracking.LATENCIES},
@@ -76,7 +76,7 @@ def test_a_point_becomes_one_run_with_its_config_and_its_numbers(config: RunConf
     assert run.summary["accuracy/tiny_words_stderr"] == 0.02
     assert run.summary["latency/ttft_ms"] == 15
     assert run.summary["latency/ttft_speedup_percent_low"] == 14
-    assert run.summary["num_dropped"] == 6
+    assert (run.summary["num_dropped"], run.summary["fraction_dropped"]) == (6, 0.5)
     assert run.summary["status"] == "done"
     assert run.summary["key"] == record["key"]
     assert run.history[0]["accuracy/mean"] == 0.675, "in the history too, where W&B's charts look"

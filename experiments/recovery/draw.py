@@ -35,6 +35,7 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
     return (
         points.groupby(["model", "tp_size", "strategy", "drop"])
         .agg(
+            fraction_dropped=("fraction_dropped", "first"),
             accuracy=("accuracy_mean", "mean"),
             accuracy_low=("accuracy_mean", "min"),
             accuracy_high=("accuracy_mean", "max"),
@@ -77,7 +78,7 @@ def _accuracy(row: pd.Series) -> str:
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Accuracy and perplexity against the drop fraction: a column a model, a pair of rows a tp size."""
+    """Accuracy and perplexity against the fraction of blocks dropped: a column a model, a pair of rows a tp size."""
     models, sizes = rows["model"].unique(), sorted(rows["tp_size"].unique())
     figure = Figure(figsize=(4.2 * len(models), 3.0 * 2 * len(sizes)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -89,9 +90,9 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
                 for k, strategy in enumerate(STRATEGIES):
                     line = part[part["strategy"] == strategy].sort_values("drop")
                     style = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4}
-                    axes.plot(line["drop"], line[what], **style, label=strategy)
+                    axes.plot(line["fraction_dropped"], line[what], **style, label=strategy)
                     band = (line[f"{what}_low"], line[f"{what}_high"])
-                    axes.fill_between(line["drop"], *band, color=COLOURS[k], alpha=0.2, linewidth=0)
+                    axes.fill_between(line["fraction_dropped"], *band, color=COLOURS[k], alpha=0.2, linewidth=0)
                 axes.grid(color="#e5e5e5")
                 axes.spines[["top", "right"]].set_visible(False)
                 if what == "ratio":
