@@ -258,8 +258,8 @@ def _notes(points: pd.DataFrame, has: dict[str, bool], labelled: bool) -> str:
 
 
 def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -> None:
-    """Write each point's fraction of blocks dropped beside it, where it covers no line, error bar or other label and no other point
-    is nearer; else not at all.
+    """Write each point's fraction of blocks dropped beside it, where it covers no line, error bar or other label and no
+    other point is nearer; else not at all.
 
     The panels against the drop fraction show the same points.
     """

@@ -280,9 +280,9 @@ def to_frame(records: list[Record]) -> "pd.DataFrame":
 
     Columns: model, tp_size, strategy, what else of the configuration tells the records apart (under its setting's name,
     as strategy.order; usually nothing; see `line_columns`), drop (as asked for), num_dropped, fraction_dropped (of all
-    blocks, 0..1), dropped_blocks (space-separated), perplexity, accuracy_mean, accuracy_mean_stderr, <task>, <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and
-    likewise tpot_ms, ttft_speedup_percent, tpot_speedup_percent, then latency_confidence (of these intervals, 0..1),
-    status, error, key.
+    blocks, 0..1), dropped_blocks (space-separated), perplexity, accuracy_mean, accuracy_mean_stderr, <task>,
+    <task>_stderr, ..., ttft_ms, ttft_ms_low, ttft_ms_high, and likewise tpot_ms, ttft_speedup_percent,
+    tpot_speedup_percent, then latency_confidence (of these intervals, 0..1), status, error, key.
     """
     import pandas as pd  # slow to import, and a refused configuration should not wait for it
 

@@ -56,13 +56,14 @@ def log_sweep(records: list[Record], csv_path: Path, png_path: Path, config: Run
     inputs["fingerprint"] = sorted({record["weights"] for record in records if record["weights"]})
     with _run(config, f"sweep-{digest(config.sweep)[:24]}", f"sweep {config.sweep}", "sweep", inputs) as run:
         logged: dict[str, Any] = {"all_points": wandb.Table(dataframe=points.astype({"drop": float}))}
-        for x, label in (("ttft_speedup_percent", "accuracy against latency"), ("fraction_dropped", "accuracy against drop")):
-            chart = _line_chart(points, x, "accuracy_mean", label)
+        for y, x, title in (
+            ("accuracy_mean", "ttft_speedup_percent", "accuracy against latency"),
+            ("accuracy_mean", "fraction_dropped", "accuracy against drop"),
+            ("perplexity", "fraction_dropped", "perplexity against drop"),
+        ):
+            chart = _line_chart(points, x, y, title)
             if chart is not None:
-                logged[label.replace(" ", "_")] = chart
-        chart = _line_chart(points, "fraction_dropped", "perplexity", "perplexity against drop")
-        if chart is not None:
-            logged["perplexity_against_drop"] = chart
+                logged[title.replace(" ", "_")] = chart
         if png_path.exists():
             logged["curve"] = wandb.Image(str(png_path))
         run.log(logged)
