@@ -23,7 +23,7 @@ from spd.errors import UserError
 from spd.progress import Display, quiet
 from spd.results import describe, is_disk_full
 from spd.sweep import Sweep, leave_pointer, position
-from spd.tables import print_table
+from spd.tables import print_blocks, print_table
 
 _GO_ON = "Finished points are kept, and the same command goes on with the rest."
 
@@ -56,6 +56,7 @@ def main(composed: DictConfig) -> None:
         record = point.run_point(config, display)
     leave_pointer(job_folder, record, Path(config.output_dir))
     if alone:
+        print_blocks(record)
         print_table([record])
         print(f"Record: {Path(config.output_dir) / 'points' / str(record['key']) / 'result.json'}")
         if record["status"] != "done":

@@ -397,6 +397,8 @@ class RunConfig:
     """Name of the sweep: its folder under output_dir/sweeps and its group in W&B. By default the time of the start."""
     output_dir: str = "runs"
     """Where records, caches and sweeps go; relative to the working directory."""
+    save_model: bool = False
+    """Keep the prepared model beside the point's record, as a checkpoint for `spd.load` and lm-eval's --model spd."""
 
     def check(self) -> None:
         """Raises UserError for the first value out of range, here or in a section."""
@@ -423,6 +425,7 @@ class RunConfig:
                 bool(self.model.architecture),
                 "weights=random needs model.architecture; take a model of conf/model that has one, as model=llama2_7b.",
             )
+            _need(not self.save_model, "save_model=true with weights=random, which nothing is to be kept of.")
         else:
             _need(
                 bool(self.model.path.strip()),

@@ -299,7 +299,7 @@ def line_columns(points: "pd.DataFrame") -> list[str]:
 
 
 # What does not change a number, and what has a column of its own.
-_NO_COLUMN = ("drop", "sweep", "output_dir", "parallel.port", "latency.timeout_s", "tracker.")
+_NO_COLUMN = ("drop", "sweep", "output_dir", "save_model", "parallel.port", "latency.timeout_s", "tracker.")
 
 
 def _other_settings(records: list[Record], known: "pd.DataFrame") -> dict[str, list[Any]]:

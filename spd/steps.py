@@ -35,12 +35,15 @@ _NOT_IN_KEY: dict[str, set[str] | None] = {
     "tracker": None,
     "sweep": None,
     "output_dir": None,
+    "save_model": None,
     "parallel": {"port"},
     "latency": {"timeout_s"},
     "model": {"name", "path", "architecture"},
     "data": {"path", "heldout_path", "dataset", "dataset_config", "split", "heldout_split", "data_root"},
     "eval": {"name", "include_path", "data_root"},
 }
+MODEL_FOLDER = "model"
+"""Where, in a point's folder, save_model=true keeps the prepared model."""
 _OF_RANDOM = ("model", "parallel", "interconnect", "latency", "drop")
 """The sections that matter with weights=random, of which only latency is measured."""
 
@@ -81,6 +84,10 @@ class Steps:
         yield "perplexity", self.perplexity
         if self.config.eval.tasks:
             yield "accuracy", self.accuracy
+        if self.config.save_model and not (folder := self.results.folder(self.key) / MODEL_FOLDER).exists():
+            model = self.prepared
+            self.display.step(f"saving the prepared model in {folder}")
+            model.save_pretrained(folder)
         if self.config.latency.name is not LatencyKind.none:
             yield "latency", self.latency
 

@@ -39,6 +39,31 @@ def print_table(records: list[Record], title: str | None = None) -> None:
         console.print("Errors and intervals need a wider terminal; they are in the CSV and the records.")
 
 
+def print_blocks(record: Record) -> None:
+    """A point's blocks in the terminal: how sensitive each is, whether it is dropped, and what came of treating it.
+
+    Losses are of held-out calibration text: of what was kept, and zero-shot. Prints nothing for a point without
+    sensitivities.
+    """
+    plan, measured = record["plan"], record["sensitivity"]
+    if not plan or not measured:
+        return
+    # A plan that was read has the text keys of JSON, a new one has numbers.
+    classes, outcomes = ({str(block): its for block, its in plan[name].items()} for name in ("classes", "outcomes"))
+    table = Table(title="Blocks", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("block", "added perplexity", "class", "", *(("kept", "loss", "zero-shot") if outcomes else ())):
+        table.add_column(
+            name, justify="right" if name in ("block", "added perplexity", "loss", "zero-shot") else "left"
+        )
+    for block, added in enumerate(measured["sensitivities"]):
+        row = [str(block), f"{added:.4f}", classes[str(block)], "dropped" if block in plan["dropped"] else ""]
+        if outcome := outcomes.get(str(block)):
+            losses = [outcome["loss"][step] for step in (outcome["kept"].split("+")[-1], "zs")]
+            row += [outcome["kept"], *(_number(loss, "{:.4g}") for loss in losses)]
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
 def _points(table: Table, frame: "pd.DataFrame", varying: list[str], spread: bool) -> None:
     """A row for each point and a column for whatever was measured; with `spread`, errors and intervals too."""
 

@@ -15,9 +15,11 @@ from conftest import WORDS
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from spd import point, results, steps, tracking
+from spd import inputs, point, results, steps, tracking
 from spd.config import DType, LatencyKind, Order, RunConfig, Strategy, Tracker
 from spd.launch import RankFailed
+from spd.loading import load
+from spd.perplexity import perplexity
 from spd.plan import DropPlan
 from spd.progress import Display
 from spd.results import Record
@@ -257,6 +259,28 @@ def test_treated_blocks_are_in_the_record_and_serve_other_fractions(
     assert half["status"] == "done", half["error"]
     assert len(half["plan"]["outcomes"]) == 2
     assert all(outcomes[block] == outcome for block, outcome in half["plan"]["outcomes"].items())
+
+
+def test_the_prepared_model_is_kept_where_it_is_asked_for_also_of_a_point_that_was_done(
+    config: RunConfig, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.strategy.name, config.strategy.tau1 = Strategy.zs_correction_b2b, -1e9
+    config.model.distillation.learning_rate, config.model.distillation.epochs = 1e-3, 1
+    config.data.recovery_samples, config.drop = 16, 0.67
+    first = run(config)
+    folder = tmp_path / "runs" / "points" / first["key"] / "model"
+    assert not folder.exists()
+    config.save_model = True
+    monkeypatch.setattr("spd.strategies.b2b.distill", None)  # not called again
+    again = run(config)
+    assert (again["status"], again["key"]) == ("done", first["key"]), again["error"]
+    assert again["perplexity"] == first["perplexity"]
+    model = load(folder, tp_size=config.parallel.tp_size)
+    assert list(model.dropped) == first["plan"]["dropped"]
+    samples = inputs.samples_of(config, "heldout_path", Path(config.model.path))
+    assert perplexity(model, samples) == pytest.approx(first["perplexity"]["value"], rel=1e-5)
+    monkeypatch.setattr(steps, "load", None)  # and what is there is not made again
+    assert run(config) == again
 
 
 def test_latency_pays_for_the_corrections(config: RunConfig, run: Any, counted: Any, monkeypatch: Any) -> None:

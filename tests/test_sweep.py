@@ -28,7 +28,7 @@ from spd.point import failed_record
 from spd.results import Record, Results
 from spd.sweep import POINTS_FILE, Sweep, SweepCallback, leave_pointer, lone_sessions, position
 from spd.sweep import compose as compose_sweep
-from spd.tables import print_table
+from spd.tables import print_blocks, print_table
 
 
 @pytest.fixture
@@ -392,6 +392,24 @@ def test_in_a_narrow_terminal_numbers_come_before_errors_and_nothing_is_cut(
     assert "±" not in shown
     assert shown.count("0.250") == 9
     assert "Errors and intervals need a wider terminal" in shown
+
+
+def test_a_points_blocks_are_shown_with_what_became_of_them(capsys: Any) -> None:
+    outcomes = {
+        "1": {"kept": "zs", "loss": {"zs": 0.5, "correction": 0.6}},
+        "2": {"kept": "correction+b2b", "loss": {"zs": 0.25, "correction": 0.2, "b2b": 0.125}},
+    }
+    plan = {"dropped": [1, 2], "classes": {0: "ESB", 1: "ISB", 2: "SB"}, "outcomes": outcomes}
+    measured = {"sensitivities": [11.5, -0.001, 0.25]}
+    print_blocks({"plan": plan, "sensitivity": measured})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0", "11.5000", "ESB"] in lines
+    assert ["1", "-0.0010", "ISB", "dropped", "zs", "0.5", "0.5"] in lines
+    assert ["2", "0.2500", "SB", "dropped", "correction+b2b", "0.125", "0.25"] in lines
+    print_blocks({"plan": plan | {"outcomes": {}}, "sensitivity": measured})
+    assert "kept" not in capsys.readouterr().out
+    print_blocks({"plan": plan, "sensitivity": None})  # random weights have none
+    assert capsys.readouterr().out == ""
 
 
 def test_what_was_not_measured_has_no_column(sweep: Sweep, capsys: Any) -> None:
