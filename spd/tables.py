@@ -52,9 +52,7 @@ def print_blocks(record: Record) -> None:
     classes, outcomes = ({str(block): its for block, its in plan[name].items()} for name in ("classes", "outcomes"))
     table = Table(title="Blocks", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("block", "added perplexity", "class", "", *(("kept", "loss", "zero-shot") if outcomes else ())):
-        table.add_column(
-            name, justify="right" if name in ("block", "added perplexity", "loss", "zero-shot") else "left"
-        )
+        table.add_column(name, justify="left" if name in ("class", "", "kept") else "right")
     for block, added in enumerate(measured["sensitivities"]):
         row = [str(block), f"{added:.4f}", classes[str(block)], "dropped" if block in plan["dropped"] else ""]
         if outcome := outcomes.get(str(block)):
