@@ -14,15 +14,16 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 from spd.errors import UserError
 from spd.launch import Progress, run_ranks, threads_per_rank
+from spd.results import held
 
 METRICS = ("ttft_ms", "tpot_ms")
 CONFIDENCE = 0.95
@@ -47,6 +48,7 @@ def measure_latency(
     port: int = 0,
     log_dir: Path | None = None,
     on_progress: Progress | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Time every arm of `checkpoint` on `tp_size` CPU ranks, in `launches` separate launches.
 
@@ -72,6 +74,7 @@ def measure_latency(
         port: of the rendezvous; 0 picks a free one.
         log_dir: where the output of a launch that failed is kept.
         on_progress: called with (rounds done, rounds in all), a round being one repeat of every arm.
+        say: told when another process has to be waited for.
 
     Returns:
         The session: its settings; "arms"; of every launch "launch_s" (seconds it took, starting included), "scheduling"
@@ -130,7 +133,7 @@ def measure_latency(
     }
     fix = None if corrections is None else str(corrections.resolve())
     for launch in range(launches):
-        with FileLock(lock_file(), mode=0o666):  # two launches at once would time each other
+        with alone(say):
             # What else runs is no part of the result, but a reader has to know: waits grow with it.
             session["busy_percent"].append(psutil.cpu_percent(interval=0.5))
             start = time.monotonic()
@@ -159,9 +162,9 @@ def measure_latency(
     return session
 
 
-def lock_file() -> Path:
-    """What is locked while a launch runs, by all users and checkouts of this machine."""
-    return Path(tempfile.gettempdir()) / "spd-latency.lock"
+def alone(say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Held while a launch runs, by all users and checkouts of this machine: two at once would time each other."""
+    return held(Path(tempfile.gettempdir()) / "spd-latency.lock", say, "measures latency on this machine")
 
 
 def shifted(on_progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def held(path: Path, say: Callable[[str], None], what: str) -> Iterator[None]:
     """Holds a lock file. That it has to be waited for is said: another process `what`."""
-    lock = FileLock(path)
+    lock = FileLock(path, mode=0o666)  # whoever may use the folder may wait
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spd import checkpoint
-from spd.config import LatencyKind, RunConfig, Weights, to_dict
+from spd.config import DType, LatencyKind, RunConfig, Weights, to_dict
 from spd.families import family_of
 from spd.gpu.latency import check_gpus
 from spd.gpu.step import gpu_latency
@@ -294,6 +294,7 @@ class Steps:
                 corrections=corrections,
                 log_dir=self.results.folder(self.key) / "latency",
                 on_progress=self.display,
+                say=self.display.say,
                 **asked,
             )
 
@@ -310,6 +311,8 @@ class Steps:
         return summarise(self.results.cached("latency", parts, measure), arm=ours, baseline="0")
 
     def _gpu_latency(self) -> dict[str, Any]:
+        if self.config.model.dtype is DType.float32:
+            self.display.say("latency=gpu in float32; what serves a model takes model.dtype=bfloat16.")
         # What strategies change in a block costs no time, but the virtual ranks may stand on a GPU that is timed.
         dropped = {drop: self.plan(drop).dropped for drop in (0.0, self.config.drop, *self.config.latency.drops)}
         for name in ("model", "prepared"):

@@ -176,6 +176,7 @@ def compose(config: DictConfig) -> Sweep:
     if not hasattr(sweeper, "split_arguments"):
         raise UserError("Only Hydra's basic sweeper is supported; leave hydra/sweeper out.")
     overrides = [points for batch in sweeper.split_arguments(parsed, None) for points in batch]
+    sys.stderr.write(f"Checking {len(overrides)} points\n")  # which takes half a minute for hundreds
     configs = []
     for one in overrides:
         composed = loader.load_sweep_config(config, one)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig
 
 from spd.families import family_of
@@ -16,10 +16,6 @@ from spd.gpu.halves import Halves
 
 PROMPT = (attention.prompt_by_sdpa, attention.prompt_by_flex)
 TOKEN = (attention.token_by_reductions, attention.token_by_flex)
-
-
-def causal(tokens: int, device: str = "cpu") -> BlockMask:
-    return create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, **mask: object) -> Tensor:
@@ -46,11 +42,21 @@ def error(found: Tensor, want: Tensor) -> float:
 def test_every_version_is_attention(batch: int, tokens: int, kv_heads: int, group: int, size: int) -> None:
     q, k, v = (torch.randn(batch, heads, tokens, size) for heads in (kv_heads * group, kv_heads, kv_heads))
     for attend in PROMPT:
-        assert error(attend(q, k, v, causal(tokens)), exact(q, k, v, is_causal=True)) < 1e-5
+        assert error(attend(q, k, v, attention.causal_mask(tokens, q.device)), exact(q, k, v, is_causal=True)) < 1e-5
     q, seen = q[:, :, :1], torch.arange(tokens) <= tokens // 2
     for attend in TOKEN:
         found = attend(q, k, v, seen, attention.in_parts(tokens, q.device))
         assert error(found, exact(q, k, v, attn_mask=seen.unsqueeze(0))) < 1e-5
+
+
+@settings(deadline=None)
+@given(tokens=st.integers(1, 600))
+def test_a_prompts_mask_is_torchs(tokens: int) -> None:
+    made = attention.causal_mask(tokens, torch.device("cpu"))
+    torchs = create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device="cpu")
+    assert (made.to_dense() == torchs.to_dense()).all()
+    assert (made.shape, made.BLOCK_SIZE, made.seq_lengths) == (torchs.shape, torchs.BLOCK_SIZE, torchs.seq_lengths)
+    assert (made.kv_num_blocks + made.full_kv_num_blocks == torchs.kv_num_blocks + torchs.full_kv_num_blocks).all()
 
 
 @pytest.mark.gpu
@@ -93,9 +99,9 @@ def test_every_version_compiled_for_a_gpu_is_attention(
             assert error(found, want) < rounding, name
             assert error(torch.stack([keys, values]), kept) < rounding, name
 
+    position = torch.tensor([tokens], device="cuda")
     with torch.no_grad():
-        compare("prefill", tokens, -(-tokens // 128) * 128, causal(tokens, "cuda"))
-        position = torch.tensor([tokens], device="cuda")
+        compare("prefill", tokens, -(-tokens // 128) * 128, attention.causal_mask(tokens, position.device))
         reach = -(-(tokens + 1) // 128) * 128
         seen = torch.arange(reach, device="cuda") <= position
         compare("decode", 1, reach, position, seen, attention.in_parts(reach, position.device))

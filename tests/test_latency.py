@@ -104,7 +104,7 @@ def test_every_arm_is_timed_with_its_own_blocks_dropped_and_the_slowest_rank_cou
     assert [found[metric][arm] for metric in ("ttft_ms", "tpot_ms") for arm in arms] == 6 * [4 * [250.0]]
 
 
-def test_launches_of_one_machine_never_overlap(
+def test_launches_of_one_machine_never_overlap_and_who_waits_says_so(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     running, most = [0], [0]
@@ -118,11 +118,13 @@ def test_launches_of_one_machine_never_overlap(
 
     monkeypatch.setattr(latency, "run_ranks", launch)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    settings = SETTINGS | {"launches": 2}
+    said: list[str] = []
+    settings = SETTINGS | {"launches": 2, "say": said.append}
     with ThreadPoolExecutor() as pool:
         sessions = [pool.submit(measure_latency, tiny_llama, 2, {"dense": []}, **settings) for _ in range(2)]
     assert [len(session.result()["launch_s"]) for session in sessions] == [2, 2]
     assert most == [1]
+    assert set(said) == {"Waiting for another process that measures latency on this machine."}
 
 
 def test_every_family_can_be_timed(

@@ -283,6 +283,18 @@ def test_the_prepared_model_is_kept_where_it_is_asked_for_also_of_a_point_that_w
     assert run(config) == again
 
 
+@pytest.mark.parametrize(("dtype", "said"), [(DType.float32, 1), (DType.bfloat16, 0)])
+def test_timing_gpus_in_the_type_that_nobody_serves_with_is_said(
+    config: RunConfig, run: Any, output: io.StringIO, monkeypatch: pytest.MonkeyPatch, dtype: DType, said: int
+) -> None:
+    monkeypatch.setattr(steps, "check_gpus", lambda tp_size: None)
+    monkeypatch.setattr(steps, "gpu_latency", lambda *_, **__: {"ttft_ms": None})
+    config.latency.name, config.model.dtype = LatencyKind.gpu, dtype
+    record = run(config)
+    assert record["status"] == "done", record["error"]
+    assert output.getvalue().count("latency=gpu in float32; what serves a model takes model.dtype=bfloat16") == said
+
+
 def test_latency_pays_for_the_corrections(config: RunConfig, run: Any, counted: Any, monkeypatch: Any) -> None:
     asked: list[Path | None] = []
     session = steps.measure_latency

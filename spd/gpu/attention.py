@@ -27,8 +27,8 @@ def prompt_by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor
 def prompt_by_flex(q: Tensor, k: Tensor, v: Tensor, causal: BlockMask) -> Tensor:
     """By a Triton kernel: of a short prompt, the launch of cuDNN's takes as long as the kernel.
 
-    `causal` is the mask as flex attention has it. For GPUs: compiled for a CPU by torch 2.13 it reads `v`, which is a
-    view, from the wrong place.
+    `causal` is the mask as flex attention has it (`causal_mask`). For GPUs: compiled for a CPU by torch 2.13 it reads
+    `v`, which is a view, from the wrong place.
     """
     options: Any = {
         "BACKEND": "TRITON",  # the one that torch 2.11 takes of itself for less than 128 tokens is wrong for such views
@@ -61,6 +61,24 @@ def token_by_flex(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, parts: 
         kernel_options=options,
     )  # fmt: skip
     return heads
+
+
+def causal_mask(tokens: int, device: torch.device) -> BlockMask:
+    """Of a prompt, in blocks of 128: all of those before a row's own are seen, and of that one the tokens up to each.
+
+    What torch's `create_block_mask` makes, which first holds a number for each pair of tokens: 17 GB of 131072.
+    """
+    rows = -(-tokens // 128)
+    row = torch.arange(rows, dtype=torch.int32, device=device)
+    own, before = row[:, None].expand(1, 1, rows, rows), row.expand(1, 1, rows, rows)
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(row).view(1, 1, -1), own.contiguous(), row.view(1, 1, -1), before.contiguous(),
+        mask_mod=_up_to, seq_lengths=(tokens, tokens), compute_q_blocks=False,
+    )  # fmt: skip
+
+
+def _up_to(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 def in_parts(reach: int, device: torch.device) -> BlockMask:

@@ -5,15 +5,14 @@ model can run with, there are two ceilings: no all-reduce after attention in any
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock
-
 from spd.errors import UserError
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.latency import CONFIDENCE, METRICS, confidence_of, lock_file, shifted
+from spd.latency import CONFIDENCE, METRICS, alone, confidence_of, shifted
 from spd.launch import Progress, run_ranks, threads_per_rank
 
 if TYPE_CHECKING:
@@ -185,6 +184,7 @@ def measure_gpu_latency(
     devices: list[str] | None = None,
     log_dir: Path | None = None,
     on_progress: Progress | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Times every arm and the two ceilings on `tp_size` GPUs, in `launches` separate launches.
 
@@ -278,8 +278,7 @@ def measure_gpu_latency(
         return found
 
     for launch in range(first_launch, first_launch + launches):
-        with FileLock(lock_file(), mode=0o666), TemporaryDirectory(prefix="spd-tp-plan-") as folder:
-            # Locked, as two launches at once would time each other.
+        with alone(say), TemporaryDirectory(prefix="spd-tp-plan-") as folder:
             theirs: list[dict[str, Any]] = [{} for _ in shapes]
             if tp_plan:  # first, as it has more reasons to fail
                 theirs = ranks("spd.gpu.tp_plan:measure_rank", launch, folder=folder)

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd.checkpoint import Checkpoint
 from spd.families import Family
 from spd.gpu import all_reduce, graphs, head
 from spd.gpu.all_reduce import AllReduce
-from spd.gpu.attention import in_parts
+from spd.gpu.attention import causal_mask, in_parts
 from spd.gpu.halves import TUNED, Halves, Stage, Weights
 from spd.gpu.timing import events_ms, meet, slowest
 from spd.sharding import BlockReader, Cut, InCheckpoint, Source
@@ -136,7 +135,7 @@ class GraphModel:
         """The last token chosen, [B, 1], that a decoding step reads and replaces."""
         self.logits = torch.zeros(batch_size, len(self.head), dtype=self.dtype, device=self.device)
         """Logits [B, V/N] of this rank's part of the vocabulary, that `token` was chosen by."""
-        self._causal = create_block_mask(_causal, None, None, prompt_length, prompt_length, device=self.device)
+        self._causal = causal_mask(prompt_length, self.device)
         self.kernels = {phase: _at(0, self._versions(phase)) for phase in self.halves.versions}
         """Phase -> function -> which of `Halves.versions` is used; compiled, chosen when one is first captured."""
         self._columns = torch.arange(cache_length, device=self.device)
@@ -348,7 +347,3 @@ def _phase(reach: int | None) -> str:
 def _at(place: int, versions: dict[str, list[str]]) -> dict[str, str]:
     """Of each function the version at a place, or its last."""
     return {name: some[min(place, len(some) - 1)] for name, some in versions.items()}
-
-
-def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key

@@ -53,6 +53,7 @@ def gpu_latency(
             timeout_s=settings.timeout_s,
             log_dir=log_dir,
             on_progress=display,
+            say=display.say,
             **asked,
         )
         return session
