@@ -35,6 +35,8 @@ def main(composed: DictConfig) -> None:
     alone = HydraConfig.get().mode == RunMode.RUN
     job_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        if alone and HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
+            raise UserError("hydra/launcher starts the points of a sweep; put -m first, as in python run.py -m drop=0.5.")
         config = from_hydra(composed)
         # Imported late: a refused configuration should not wait for torch. A Slurm job gets this function by value.
         from spd import inputs, point
@@ -78,7 +80,7 @@ def cli() -> int | str:
             return f"Error: {explain(error)}"
         except Exception as error:
             if isinstance(error, ValueError) and "hydra" in Path(extract_tb(error.__traceback__)[-1].filename).parts:
-                return f"Error: {error}"  # an override that Hydra itself refuses, but not in its own terms
+                return f"Error: {explain(error)}"  # an override that Hydra refuses, but not in its own terms
             if Sweep.current is None or is_disk_full(error):
                 raise
             if not Sweep.current.started():

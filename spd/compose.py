@@ -80,6 +80,8 @@ def explain(error: BaseException) -> str:
             f"{several[1]} gives several values; to sweep over them put -m first, as in "
             f"python run.py -m {several[1]}, and write a list as [a,b]."
         )
+    if text.startswith("Config group override must be a string"):
+        return f"{text}: what chooses an option of a group is its name, as in parallel=tp2 or strategy=zs."
     if "appears more than once" in text or text.startswith("Multiple values for"):
         return f"{text}. A group that is there already is chosen without '+', as in strategy=zs."
     return text
@@ -93,7 +95,9 @@ def _explain_key(full_key: str, error: OmegaConfBaseException) -> str:
     last = full_key.rpartition(".")[2]
     if last not in known:
         where = f"in {holder}" if holder else "at the top level"
-        return f"{full_key}: there is no such setting {where}. {_nearest(last, known)}"
+        meant = [f"{name}.{last}" for name in known if last in _keys_beside(f"{name}.{last}")[1]]
+        nearest = f"Did you mean {' or '.join(meant)}?" if meant and not holder else _nearest(last, known)
+        return f"{full_key}: there is no such setting {where}. {nearest}"
     text = str(error).splitlines()[0]
     value = re.search(r"[Vv]alue '([^']*)'", text)
     expected = _expected(full_key)

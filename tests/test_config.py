@@ -76,6 +76,9 @@ def test_quickstart_sweeps_seven_fractions_without_being_told_to() -> None:
     [
         ("stratgy=zs", ["stratgy", "Did you mean strategy?"]),
         ("+foo=1", ["foo", "no such setting", "drop"]),
+        ("+tp_size=2", ["no such setting at the top level. Did you mean parallel.tp_size?"]),
+        ("+limit=5", ["Did you mean eval.limit?"]),
+        ("+data_root=x", ["Did you mean eval.data_root or data.data_root?"]),
         ("strategy.taul=1", ["strategy.taul", "tau1", "no such setting in strategy"]),
         ("+latency.warmups=1", ["latency.warmups", "Did you mean warmup?"]),
         ("strategy=zss", ["strategy=zss", "Did you mean zs?"]),

@@ -96,7 +96,8 @@ def test_one_point_from_another_folder_with_latency_from_real_ranks(runner: Runn
     [
         (["stratgy=zs"], "Did you mean strategy?"),
         (["latency=gpu"], "torch sees 0"),
-        (["strategy=5"], "Config group override must be a string"),
+        (["strategy=5"], "what chooses an option of a group is its name, as in parallel=tp2"),
+        (["hydra/launcher=slurm"], "hydra/launcher starts the points of a sweep; put -m first"),
         (["-m", "drop=0,0.25,1.7"], "drop=1.7"),
         (["parallel.tp_size=3"], "Sizes that do: 1, 2, 4, 8"),
     ],
