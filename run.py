@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> None:
     job_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         if alone and HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
-            raise UserError("hydra/launcher starts the points of a sweep; put -m first, as in python run.py -m drop=0.5.")
+            raise UserError("hydra/launcher starts the points of a sweep; put -m first, as in python run.py -m ...")
         config = from_hydra(composed)
         # Imported late: a refused configuration should not wait for torch. A Slurm job gets this function by value.
         from spd import inputs, point
