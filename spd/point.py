@@ -18,6 +18,9 @@ from spd.steps import MODEL_FOLDER, RandomSteps, Steps
 
 log = logging.getLogger(__name__)
 
+_HYDRA = "hydra:\n  run:\n    dir: ${output_dir}/sweeps/${sweep}/alone\n"
+"""Where Hydra shall put its own files when a point's config.yaml is run again; by default it makes ./outputs."""
+
 
 def run_point(config: RunConfig, display: Display) -> Record:
     """The record of a point, computed unless it is there already.
@@ -38,7 +41,7 @@ def run_point(config: RunConfig, display: Display) -> Record:
             _track(done, config, results, display)
             return done
         record["environment"] = environment()
-        results.begin(point.key, dump_yaml(config))
+        results.begin(point.key, dump_yaml(config) + _HYDRA)
         for name, value in point.steps():
             record[name] = value
             if name in results.computed:

@@ -91,6 +91,20 @@ def test_one_point_from_another_folder_with_latency_from_real_ranks(runner: Runn
     assert len(err.splitlines()) < 12, err
 
 
+@pytest.mark.slow
+def test_a_points_own_configuration_can_be_run_again_with_settings_changed(runner: Runner) -> None:
+    assert runner.run("drop=0.5")[0] == 0
+    (file,) = runner.runs.glob("points/*/config.yaml")
+    runner.settings = []
+    again = ("--config-path", str(file.parent), "--config-name", "config")
+    status, _, err = runner.run(*again)
+    assert (status, len(runner.records())) == (0, 1), err
+    assert "done before" in err
+    status, _, err = runner.run(*again, "drop=0", "parallel.tp_size=1")
+    assert (status, runner.records()) == (0, {0.5: "done", 0.0: "done"}), err
+    assert {path.name for path in runner.folder.iterdir()} <= {"runs", "text.txt", "tiny_llama"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
