@@ -306,11 +306,6 @@ def _order_statistics(launches: int) -> tuple[int, float | None]:
     return k, confidences[k]
 
 
-def confidence_of(launches: int) -> float | None:
-    """What an interval over so many launches has: `CONFIDENCE`, or less where even their range has less."""
-    return None if launches < 3 else min(CONFIDENCE, 1 - 0.5 ** (launches - 1))
-
-
 def _median_and_interval(values: Sequence[float]) -> dict[str, float | None]:
     k, confidence = _order_statistics(len(values))
     low, high = (None, None) if confidence is None else (sorted(values)[k - 1], sorted(values)[-k])
