@@ -21,7 +21,7 @@ from spd.loading import load
 from spd.model import TensorParallelLM
 from spd.paths import find_path
 from spd.perplexity import perplexity
-from spd.plan import DropPlan, ModelIdentity, blocks_at, make_plan
+from spd.plan import STRATEGIES, DropPlan, ModelIdentity, blocks_at, make_plan
 from spd.progress import Display
 from spd.results import Results, digest, gpu_engine, hardware, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
@@ -171,12 +171,17 @@ class Steps:
     def applied_plan(self) -> dict[str, Any]:
         """The plan, with what came of the blocks it treats."""
         plan = self.plan(self.config.drop)
+        alike = (
+            name
+            for name, steps in STRATEGIES.items()
+            if all(steps[plan.classes[block]] == its for block, its in plan.treatment.items())
+        )
+        if plan.dropped and (simplest := next(alike)) != plan.strategy:
+            self.display.say(
+                f"{plan.strategy} is {simplest} here: no dropped block is sensitive enough to be treated otherwise "
+                f"(strategy.tau1={plan.tau1:g}, strategy.tau2={plan.tau2:g}; lower ones treat more)."
+            )
         if set(plan.treatment.values()) <= {"zs"}:
-            if plan.dropped and plan.strategy != "zs":
-                self.display.say(
-                    f"{plan.strategy} is zs here: no dropped block is sensitive enough to be treated (strategy.tau1="
-                    f"{plan.tau1:g}, strategy.tau2={plan.tau2:g}; lower ones treat more)."
-                )
             return plan.to_dict()  # nothing to do, so nothing to load
 
         def prepare() -> dict[str, Any]:

@@ -107,8 +107,20 @@ def test_a_strategy_that_treats_no_block_of_a_plan_says_so(
 ) -> None:
     config.strategy.name, config.strategy.tau1, config.strategy.tau2 = strategy, 1e6, 1e9
     assert run(config)["status"] == "done"
-    said = f"{strategy.name} is zs here: no dropped block is sensitive enough to be treated (strategy.tau1=1e+06"
+    said = f"{strategy.name} is zs here: no dropped block is sensitive enough to be treated otherwise (strategy.tau1=1e"
     assert (said in output.getvalue()) == (strategy is not Strategy.zs)
+
+
+def test_grouping_heads_of_no_block_is_said_to_be_distillation_alone(
+    config: RunConfig, run: Any, output: io.StringIO
+) -> None:
+    config.strategy.tau1, config.strategy.tau2, config.data.recovery_samples = -1e9, 1e9, 16
+    config.model.distillation.epochs = 1
+    for strategy in (Strategy.zs_b2b, Strategy.zs_b2b_hg):
+        config.strategy.name = strategy
+        assert run(config)["status"] == "done"
+    assert output.getvalue().count("is zs_b2b here") == 1
+    assert "zs_b2b_hg is zs_b2b here: no dropped block is sensitive enough" in output.getvalue()
 
 
 def test_a_finished_point_is_not_computed_again(
