@@ -328,8 +328,7 @@ class LatencyConfig:
     """Prompts at once. 1 as published."""
     launches: int = 3
     """Separate starts of all ranks: the unit of replication, as medians of launches differ more than repeats do. 3 is
-    the least that gives an interval (of 75 % confidence), and what a first look has time for; 95 % takes 6 (cpu) or
-    9 (gpu)."""
+    the least that gives an interval (of 75 % confidence), and what a first look has time for; 95 % takes 6."""
     repeats: int = 6
     """Timed repeats of every arm within a launch, interleaved."""
     warmup: int = 1

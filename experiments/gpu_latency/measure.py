@@ -8,7 +8,7 @@ decoding beside the shorter prompt alone, for machines that have neither Hydra n
 launch. Weights are random. `out/sessions.json` is written after every launch, and launches are added to what is in it:
 a measurement can be stopped and go on, and a launch that fails loses nothing else; its ranks' output is in `out/logs`.
 `out/power.csv` has what clock and power the GPUs had meanwhile.
-A row of `out/latency.csv` is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.latency.summarise`
+A row of `out/latency.csv` is one arm of one phase: milliseconds and speed-ups with what `spd.gpu.summary.summarise`
 says of them.
 """
 
@@ -33,8 +33,9 @@ from spd.checkpoint import read_architecture
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.gpu.latency import Shape, check_gpus, measure_gpu_latency, merged, summarise
+from spd.gpu.latency import Shape, check_gpus, measure_gpu_latency, merged
 from spd.gpu.memory import needed
+from spd.gpu.summary import summarise
 from spd.launch import RankFailed
 from spd.paths import ROOT
 from spd.results import gpu_engine

@@ -4,7 +4,6 @@ As in `spd.latency`, a *session* has several launches, and each launch times all
 model can run with, there are two ceilings: no all-reduce after attention in any block, and none at all.
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spd.errors import UserError
 from spd.gpu.interconnect import ENVIRONMENT
-from spd.latency import CONFIDENCE, METRICS, alone, shifted
+from spd.latency import METRICS, alone, shifted
 from spd.launch import Progress, run_ranks, threads_per_rank
 
 if TYPE_CHECKING:
@@ -210,7 +209,7 @@ def measure_gpu_latency(
         A session for each shape: its settings, "arms" and "ceilings"; for ttft_ms and tpot_ms (and `BLOCKS`) `{arm:
         [[milliseconds of each repeat] of each launch]}`; "tp_plan", the same of transformers, or None; and of each
         launch what `spd.gpu.rank.measure_rank` found beside the times ("communication" and "timeline" of launch 0
-        alone). Give it to `summarise`.
+        alone). Give it to `spd.gpu.summary.summarise`.
 
     Raises:
         UserError: there are too few GPUs or positions, a rank's part does not fit, or the all-reduce asked for does not
@@ -311,98 +310,3 @@ def merged(session: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     if session["tp_plan"] is not None:
         whole["tp_plan"] = {metric: times + more["tp_plan"][metric] for metric, times in session["tp_plan"].items()}
     return whole
-
-
-def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[str, Any]:
-    """A record's latency entry for one arm of a session (see `measure_gpu_latency`).
-
-    Each launch gives one number, the median of its repeats, and a speed-up is `100 (1 - arm / baseline)` of the same
-    launch in percent. "median" is over launches, "low" to "high" its bootstrap interval (None with fewer than three
-    launches; of three it is their range, which order statistics give 75 %), "p10" to "p90" over all repeats of all
-    launches. "blocks_ms" are the decoder blocks alone, None where they were not timed. "ceilings" are the speed-ups of
-    the ceilings, and "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where
-    that saves nothing in a launch). "tp_plan" has transformers' own times, and how many times the arm's they are.
-    "peak_memory_gb" is what torch allocated, NCCL's buffers and the driver's own not counted. "floor_ms", "over_floor",
-    "communication" (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first launch's.
-    """
-    import numpy as np
-
-    def medians(metric: str, name: str) -> np.ndarray:
-        return np.array([np.median(times) for times in session[metric][name]])
-
-    def speedup(metric: str, name: str) -> list[float]:
-        return (100 * (1 - medians(metric, name) / medians(metric, baseline))).tolist()
-
-    entry: dict[str, Any] = {
-        name: session[name]
-        for name in (
-            *("source", "backend", "device", "launches", "repeats", "prompt_length", "decode_at", "batch_size"),
-            *("new_tokens", "dtype", "interconnect"),
-        )
-    }
-    entry["confidence"] = _confidence(session["launches"])
-    entry["per_launch"], entry["ceilings"], entry["fraction_of_ceiling"] = {}, {}, {}
-    entry["floor_ms"], entry["over_floor"], entry["communication"] = {}, {}, {}
-    for metric in session["metrics"]:
-        times, faster = medians(metric, arm).tolist(), metric.replace("_ms", "_speedup_percent")
-        entry[metric] = _bootstrap(times) | _spread(np.concatenate(session[metric][arm]))
-        entry[faster] = _bootstrap(speedup(metric, arm))
-        entry["per_launch"] |= {metric: times, faster: speedup(metric, arm)}
-        entry["ceilings"][metric] = {name: _bootstrap(speedup(metric, name)) for name in session["ceilings"]}
-        most = speedup(metric, "no_attention_all_reduce")
-        entry["fraction_of_ceiling"][metric] = None
-        if min(most) > 0:
-            entry["fraction_of_ceiling"][metric] = _bootstrap((np.array(speedup(metric, arm)) / most).tolist())
-        entry["floor_ms"][metric] = floor = session["floor_ms"][0][metric][arm]
-        entry["over_floor"][metric] = entry[metric]["median"] / floor
-        shares = (session["communication"][0] or {}).get(metric) or {}
-        entry["communication"][metric] = {"before": shares.get(baseline), "after": shares.get(arm)}
-    if session["tp_plan"] is not None:
-        theirs = {metric: [float(np.median(one)) for one in times] for metric, times in session["tp_plan"].items()}
-        spread = {metric: _spread(np.concatenate(times)) for metric, times in session["tp_plan"].items()}
-        entry["tp_plan"] = {metric: _bootstrap(times) | spread[metric] for metric, times in theirs.items()}
-        entry["tp_plan"]["times_ours"] = {
-            metric: _bootstrap((np.array(times) / medians(metric, arm)).tolist()) for metric, times in theirs.items()
-        }
-    blocks = {phase.replace("_blocks", ""): medians(phase, arm) for phase in BLOCKS if phase in session}
-    entry["blocks_ms"] = {metric: _bootstrap(times.tolist()) for metric, times in blocks.items()} or None
-    tokens, peaks = 1e3 * session["batch_size"], session["peak_memory_gb"]
-    entry["tokens_per_s"] = None
-    if "tpot_ms" in session:
-        rates = tokens / np.concatenate(session["tpot_ms"][arm])
-        entry["tokens_per_s"] = _bootstrap((tokens / medians("tpot_ms", arm)).tolist()) | _spread(rates)
-    entry["peak_memory_gb"] = _bootstrap(peaks) | _spread(peaks)
-    return entry | {name: session[name][0] for name in ("rates", "link", "all_reduce")}
-
-
-def _spread(values: Any) -> dict[str, float]:
-    import numpy as np
-
-    return dict(zip(("p10", "p90"), np.percentile(values, [10, 90]).tolist(), strict=True))
-
-
-def _confidence(launches: int) -> float | None:
-    """How often at least the interval over so many launches holds the median, whatever their distribution.
-
-    Of few launches a bootstrap's is narrower than it is asked to be: of seven it leaves out the shortest and the
-    longest, as if that were 95 %. How often that holds the median is a matter of coin tosses, 87.5 %.
-    """
-    from scipy.stats import binom
-
-    ends = _bootstrap([float(place) for place in range(launches)])
-    if ends["low"] is None or ends["high"] is None:
-        return None
-    outside = math.ceil(ends["low"]), launches - 1 - math.floor(ends["high"])
-    return 1 - sum(float(binom.cdf(count, launches, 0.5)) for count in outside)
-
-
-def _bootstrap(values: list[float]) -> dict[str, float | None]:
-    """The median over launches with its percentile bootstrap interval."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    middle = float(np.median(values))
-    if len(values) < 3:
-        return {"median": middle, "low": None, "high": None}
-    found = bootstrap((values,), np.median, confidence_level=CONFIDENCE, method="percentile", rng=0).confidence_interval
-    return {"median": middle, "low": float(found.low), "high": float(found.high)}

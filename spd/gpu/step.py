@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from spd.config import RunConfig
-from spd.gpu.latency import Shape, measure_gpu_latency, summarise
+from spd.gpu.latency import Shape, measure_gpu_latency
+from spd.gpu.summary import summarise
 from spd.progress import Display
 from spd.results import Results
 
