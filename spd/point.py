@@ -14,7 +14,7 @@ from spd.errors import UserError
 from spd.launch import RankFailed
 from spd.progress import Display
 from spd.results import FORMAT, Record, Results, digest, environment, is_disk_full
-from spd.steps import MODEL_FOLDER, RandomSteps, Steps
+from spd.steps import RandomSteps, Steps
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,9 @@ def run_point(config: RunConfig, display: Display) -> Record:
         point = (RandomSteps if config.weights is Weights.random else Steps)(config, results, display)
         record |= {"key": point.key, "weights": point.weights}
         done = results.find(point.key)
-        if done is not None and (not config.save_model or (results.folder(point.key) / MODEL_FOLDER).exists()):
+        if done is not None:
+            if isinstance(point, Steps):
+                point.keep_model()
             display.say(f"done before, not computed again ({results.folder(point.key) / 'result.json'}).")
             _track(done, config, results, display)
             return done

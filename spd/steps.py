@@ -4,6 +4,7 @@ sensitivity (shared) -> plan -> apply -> perplexity, accuracy (virtual ranks) ->
 """
 
 import gc
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -42,8 +43,6 @@ _NOT_IN_KEY: dict[str, set[str] | None] = {
     "data": {"path", "heldout_path", "dataset", "dataset_config", "split", "heldout_split", "data_root"},
     "eval": {"name", "include_path", "data_root"},
 }
-MODEL_FOLDER = "model"
-"""Where, in a point's folder, save_model=true keeps the prepared model."""
 _OF_RANDOM = ("model", "parallel", "interconnect", "latency", "drop")
 """The sections that matter with weights=random, of which only latency is measured."""
 
@@ -65,7 +64,7 @@ class Steps:
     def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
         self.config, self.results, self.display = config, results, display
         if config.latency.name is LatencyKind.gpu:
-            check_gpus(config.parallel.tp_size)
+            _check_gpus(config, display)
         self.folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
         self.weights = checkpoint.fingerprint(self.folder)
         self.files = file_digests(config, self.folder)
@@ -84,12 +83,17 @@ class Steps:
         yield "perplexity", self.perplexity
         if self.config.eval.tasks:
             yield "accuracy", self.accuracy
-        if self.config.save_model and not (folder := self.results.folder(self.key) / MODEL_FOLDER).exists():
+        self.keep_model()
+        if self.config.latency.name is not LatencyKind.none:
+            yield "latency", self.latency
+
+    def keep_model(self) -> None:
+        """Writes the prepared model to the point's folder, where that is asked for and it is not there."""
+        folder = self.results.folder(self.key) / "model"
+        if self.config.save_model and not folder.exists():
             model = self.prepared
             self.display.step(f"saving the prepared model in {folder}")
             model.save_pretrained(folder)
-        if self.config.latency.name is not LatencyKind.none:
-            yield "latency", self.latency
 
     @property
     def _model_parts(self) -> dict[str, Any]:
@@ -316,8 +320,6 @@ class Steps:
         return summarise(self.results.cached("latency", parts, measure), arm=ours, baseline="0")
 
     def _gpu_latency(self) -> dict[str, Any]:
-        if self.config.model.dtype is DType.float32:
-            self.display.say("latency=gpu in float32; what serves a model takes model.dtype=bfloat16.")
         # What strategies change in a block costs no time, but the virtual ranks may stand on a GPU that is timed.
         dropped = {drop: self.plan(drop).dropped for drop in (0.0, self.config.drop, *self.config.latency.drops)}
         for name in ("model", "prepared"):
@@ -341,7 +343,7 @@ class RandomSteps:
 
     def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
         self.config, self.results, self.display = config, results, display
-        check_gpus(config.parallel.tp_size)
+        _check_gpus(config, display)
         self.hf: Any = checkpoint.read_architecture(config.model.architecture)
         family_of(self.hf)
         self.weights = f"random {digest(config.model.architecture)}"
@@ -384,8 +386,17 @@ class RandomSteps:
         )
 
 
+def _check_gpus(config: RunConfig, display: Display) -> None:
+    check_gpus(config.parallel.tp_size)
+    if config.model.dtype is DType.float32:
+        display.say("latency=gpu in float32; what serves a model takes model.dtype=bfloat16.")
+
+
 def _machine(config: RunConfig) -> dict[str, Any]:
     """What a latency belongs to."""
     here = hardware()
     machine = {name: here[name] for name in ("cpu", "cores", "gpus")}
-    return machine | {"engine": gpu_engine()} if config.latency.name is LatencyKind.gpu else machine
+    if config.latency.name is not LatencyKind.gpu:
+        return machine
+    nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    return machine | {"engine": gpu_engine(), "nccl": nccl}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from spd.checkpoint import Checkpoint, read_architecture, read_config
 from spd.families import family_of
-from spd.gpu import all_reduce
+from spd.gpu import all_reduce, graphs
 from spd.gpu.head import candidates_size
 from spd.gpu.model import Arm, GraphModel
 from spd.gpu.rank import measure_rank, start
@@ -54,20 +54,42 @@ def out_of_memory(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
     return measure_rank(settings, on_progress)
 
 
+def disagreements(logits: torch.Tensor, best: torch.Tensor, chosen: torch.Tensor) -> list[float]:
+    """Of the sequences where another token than the best one was chosen, by how much its logit is the lower."""
+    given = [logits.float().gather(-1, tokens)[:, 0] for tokens in (best, chosen)]
+    return (given[0] - given[1])[(best != chosen)[:, 0]].tolist()
+
+
+def raise_beside_a_graph(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
+    """Rank 1 fails while rank 0 is in a captured sum that waits for it."""
+    rank = int(os.environ["RANK"])
+    device = start(settings, rank)
+    reduce = all_reduce.make("nccl", 0, torch.float32, device)
+    message = torch.zeros(8, device=device)
+    graphs.warm_up(lambda: reduce(message), device)
+    replay = graphs.capture(lambda: reduce(message), device)
+    meet(device)
+    if rank == 1:
+        raise RuntimeError("on purpose")
+    replay()
+    torch.cuda.synchronize(device)
+    return {}
+
+
 def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
     """Of a model of random weights with all-reduces of every kind that is quickest: the largest differences of captured
     and uncaptured logits, and of uncaptured bf16 and float32 ones, over tokens that both take from the uncaptured."""
     rank = int(os.environ["RANK"])
     device, config = start(settings, rank), read_architecture(settings["architecture"])
-    ranks, sizes = dist.get_world_size(), [settings["prompt_length"] * config.hidden_size, config.hidden_size]
-    sizes.append(candidates_size(1, ranks))
+    ranks, batch, length = dist.get_world_size(), settings["batch_size"], settings["prompt_length"]
+    sizes = [batch * length * config.hidden_size, batch * config.hidden_size, candidates_size(batch, ranks)]
     models, arm = {}, Arm(frozenset(settings["dropped"]))
     for name, dtype in (("captured", torch.bfloat16), ("plain", torch.bfloat16), ("exact", torch.float32)):
         reduce, chosen = all_reduce.choose(
             "auto" if name == "captured" else "nccl", sizes, dtype, device, copied=config.hidden_size
         )
         models[name] = GraphModel(
-            config, family_of(config), ranks, rank, prompt_length=settings["prompt_length"], cache_length=512,
+            config, family_of(config), ranks, rank, batch_size=batch, prompt_length=length, cache_length=512,
             all_reduce=reduce, dtype=dtype, device=device, compiled=name == "captured",
         )  # fmt: skip
         if name == "captured":
@@ -98,9 +120,7 @@ def as_uncaptured(settings: dict[str, Any], on_progress: Progress) -> dict[str, 
         theirs = logits(plain)
         found["difference"].append((logits(captured) - theirs).abs().max().item())
         found["rounding"].append((logits(exact) - theirs).abs().max().item())
-        best = theirs.topk(2).values[0]
-        if not torch.equal(captured.token, plain.token):
-            found["unsure"].append((best[0] - best[1]).item())
+        found["unsure"] += disagreements(theirs, plain.token, captured.token)
         for model in (captured, exact):
             model.token.copy_(plain.token)
     return found | {"kinds": kinds}

@@ -199,8 +199,13 @@ def test_a_session_on_gpus_is_found_by_what_determines_it(
     assert (found(config)["latency"] != before) == another
 
 
-def test_another_engine_times_another_session_on_gpus_and_makes_another_point(
-    found: Callable[[RunConfig], dict[str, str]], whole: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("what", ["engine", "NCCL_NVLS_ENABLE"])
+def test_another_engine_or_nccl_times_another_session_on_gpus_and_makes_another_point(
+    what: str,
+    found: Callable[[RunConfig], dict[str, str]],
+    whole: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     def keys() -> list[str]:
         config = of_gpus()
@@ -213,7 +218,10 @@ def test_another_engine_times_another_session_on_gpus_and_makes_another_point(
         ]
 
     before = keys()
-    monkeypatch.setattr(steps, "gpu_engine", lambda: "another")
+    if what == "engine":
+        monkeypatch.setattr(steps, "gpu_engine", lambda: "another")
+    else:
+        monkeypatch.setenv(what, "0")
     assert [key == was for key, was in zip(keys(), before, strict=True)] == [False, False, True]
 
 

@@ -216,7 +216,6 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
     links = everything.index.get_level_values("interconnect")
     assert everything[links == "lbw"].min() >= 0.95
     assert "it is {:.0f} to {:.0f} %".format(*(100 * everything[links == "lbw"].agg(["min", "max"]))) in readme
-    assert (everything[links == "native"] < 0.95).sum() == 11
     assert (links == "native").sum() == 42
     first = ("llama2_7b", "native", 1, 128)
     theirs = latest["times_ours_median"]
@@ -265,6 +264,12 @@ def test_where_less_than_the_ceiling_is_reached_is_what_the_readme_says() -> Non
     assert len(spans) == 3 * 11
     assert f"repeats span up to {100 * max(spans):.1f} %" in readme
     assert lacking == [("llama2_13b", "1x128", "tpot_ms", 85)]
+
+
+@pytest.mark.xfail(strict=True, reason="see experiments/gpu_latency/README.md: with direct links some cells do not")
+def test_everything_dropped_reaches_as_much_of_the_ceiling_as_was_asked_in_every_cell() -> None:
+    rows = gpu_record("h200x2/latency")
+    assert rows[rows["drop"] == 1]["fraction_of_ceiling_median"].min() >= 0.95
 
 
 def test_all_cells_together_reach_as_much_of_the_ceiling_as_the_readme_says() -> None:

@@ -20,7 +20,19 @@ from spd.launch import Progress
 
 def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
     """As `run_ranks` calls it: of every shape {metric: milliseconds of each repeat}, the slowest rank's."""
-    device = start(settings, int(os.environ["RANK"]))
+    rank = int(os.environ["RANK"])
+    device = start(settings, rank)
+    try:
+        return {"shapes": _measure(settings, device, on_progress)}
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2])
+        raise UserError(
+            f"rank {rank} of {settings['tp_size']} ran out of memory on {device} with transformers' own tensor "
+            f"parallelism: {said}. Give a smaller latency.batch_size, or write latency.tp_plan=false."
+        ) from error
+
+
+def _measure(settings: dict[str, Any], device: torch.device, on_progress: Progress) -> list[dict[str, Any]]:
     dtype = getattr(torch, settings["dtype"])
     folder = Path(settings["checkpoint"] or settings["folder"])
     if settings["checkpoint"] is None:
@@ -41,7 +53,7 @@ def measure_rank(settings: dict[str, Any], on_progress: Progress) -> dict[str, A
                 on_progress(done, sum(shape.repeats for shape in shapes))
             times = slowest(torch.tensor(taken, dtype=torch.float64), device).T.tolist()
             found.append(dict(zip(shape.metrics, times, strict=True)))
-    return {"shapes": found}
+    return found
 
 
 def _timed(model: Any, shape: Shape, settings: dict[str, Any], device: torch.device) -> list[float]:
