@@ -30,7 +30,7 @@ def test_points_of_two_gpus_share_a_session_with_their_links_and_without(tmp_pat
                 record = run_point(config, display)
             assert record["status"] == "done", record["error"]
             found[link.name, config.drop] = record["latency"]
-    assert output.getvalue().count("measuring latency") == 2
+    assert output.getvalue().count("GPUs: 2\n") == 2  # a line of a step that began
     for (link, drop), entry in found.items():
         for metric in ("ttft_ms", "tpot_ms"):
             assert 1 < entry["over_floor"][metric] < 20
