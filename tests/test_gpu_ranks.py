@@ -148,7 +148,9 @@ def test_running_out_of_memory_names_the_rank_and_what_would_fit(monkeypatch: py
         return run_ranks("gpu_ranks:out_of_memory", *arguments, **options)
 
     monkeypatch.setattr(latency, "run_ranks", instead)
-    said = r"rank 0 of 1 ran out of memory on cuda:0, .* free: .* Tried to allocate \S+ \S+\. .* this fits: something else"
+    said = (
+        r"rank 0 of 1 ran out of memory on cuda:0, .* free: .* Tried to allocate \S+ \S+\. .* this fits: something else"
+    )
     with pytest.raises(UserError, match=said):
         latency.measure_gpu_latency(architecture("llama2_7b"), 1, {"0": []}, [SHAPE], **SETTINGS)
     assert launched == ["spd.gpu.rank:measure_rank"]

@@ -184,7 +184,12 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
     assert set(latest[~newer]["engine"]) == {"89ada120"}
     first = latest[latest["batch_size"].eq(1) & latest["prompt_length"].eq(128)]
     assert first.groupby(["model", "interconnect"])["launches"].unique()[lambda of: of.str[0] > 1].to_dict() == {
-        ("llama2_7b", "native"): [2],
+        ("llama2_7b", "native"): [3],
+        ("llama2_13b", "native"): [3],
+        ("opt_6.7b", "native"): [3],
+        ("opt_30b", "native"): [2],
+        ("opt_66b", "native"): [3],
+        ("qwen2.5_7b", "native"): [3],
         ("llama2_7b", "lbw"): [3],
         ("llama2_70b", "native"): [3],
         ("llama2_70b", "lbw"): [3],
@@ -220,12 +225,17 @@ def test_two_gpus_take_what_the_readme_says_and_what_was_asked() -> None:
     first = ("llama2_7b", "native", 1, 128)
     theirs = latest["times_ours_median"]
     assert theirs[*first, "ttft_ms", "tp_plan"] >= 8
-    assert "{:.1f} and {:.1f} times".format(*(theirs[*first, of, "tp_plan"] for of in ("ttft_ms", "tpot_ms"))) in readme
+    metrics = ("ttft_ms", "tpot_ms")
+    said = "{:.1f} and {:.1f} times ".format(*(theirs[*first, of, "tp_plan"] for of in metrics))
+    ends = [latest[f"times_ours_{end}"][*first, of, "tp_plan"] for of in metrics for end in ("low", "high")]
+    assert said + "({:.1f} to {:.1f}, {:.1f} to {:.1f})".format(*ends) in readme
+    transformers_ms = [latest["median_ms"][*first, of, "tp_plan"] for of in metrics]
+    assert "{:.1f} ms for the prefill of 128 tokens and {:.1f} for a token".format(*transformers_ms) in readme
     sevens = [gpu_sessions("h200x2")[f"llama2_7b tp2 {link}"]["sessions"]["1x128"] for link in ("native", "lbw")]
     alone = [np.median(launch) for session in sevens for launch in session["tpot_ms"]["no_all_reduce"]]
-    assert "a token takes {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f} ms".format(*alone) in readme
+    assert "a token takes {:.2f}, {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f} ms".format(*alone) in readme
     products = [launch["decode"] for session in sevens for launch in session["kernels"]]
-    assert [[of["mlp_input"], of["mlp_output"]].count("tuned") for of in products] == [0, 1, 2, 1, 1]
+    assert [[of["mlp_input"], of["mlp_output"]].count("tuned") for of in products] == [0, 1, 2, 2, 1, 1]
     shapes = ((1, 128), (16, 128), (1, 2048), (16, 2048))
     for arm, said in {
         "56": "{:.1f} % shorter (128 tokens, batch 1), {:.1f} % (batch 16), {:.1f} % (2048 tokens) and {:.1f} % (both)",
@@ -254,16 +264,25 @@ def test_where_less_than_the_ceiling_is_reached_is_what_the_readme_says() -> Non
             for metric in session["metrics"]:
                 arms = ("0", str(entry["blocks"]), "no_attention_all_reduce")
                 times = [np.concatenate(session[metric][arm]) for arm in arms]
-                if session["interconnect"] == "native" and part_of_ceiling(*times) < 0.95:
-                    interval = bootstrap(
-                        times, part_of_ceiling, vectorized=True, paired=False, method="percentile", rng=0
-                    ).confidence_interval
-                    if not interval.low < 0.95 < interval.high:
-                        lacking.append((entry["model"], shape, metric, round(100 * part_of_ceiling(*times))))
+                launches = [part_of_ceiling(*of) for of in zip(*(session[metric][arm] for arm in arms), strict=True)]
+                if session["interconnect"] == "native" and np.median(launches) < 0.95:
+                    if len(launches) == 1:
+                        interval = bootstrap(
+                            times, part_of_ceiling, vectorized=True, paired=False, method="percentile", rng=0
+                        ).confidence_interval
+                        low, high = interval.low, interval.high
+                    else:
+                        low, high = min(launches), max(launches)
+                    if not low < 0.95 < high:
+                        parts = (100 * part for part in (np.median(launches), low, high))
+                        lacking.append((entry["model"], shape, metric, *(round(part, 1) for part in parts)))
                     spans += [np.percentile(of, 90) / np.percentile(of, 10) - 1 for of in times]
     assert len(spans) == 3 * 11
     assert f"repeats span up to {100 * max(spans):.1f} %" in readme
-    assert lacking == [("llama2_13b", "1x128", "tpot_ms", 85)]
+    assert lacking == [
+        ("llama2_13b", "1x128", "tpot_ms", 93.6, 85.1, 94.7),
+        ("opt_66b", "1x128", "ttft_ms", 93.4, 90.9, 94.2),
+    ]
 
 
 @pytest.mark.xfail(strict=True, reason="see experiments/gpu_latency/README.md: with direct links some cells do not")
@@ -332,6 +351,19 @@ def test_one_blocks_kernels_take_what_the_readme_says() -> None:
     products = [us for name, us, _ in kernels(key, "16x128", "tpot_ms", "80") if name.startswith("nvjet")]
     quicker = 28672 * 8192 * 2 / products[2] / 1e3 / rates[key]["bandwidth_gb_per_s"]
     assert f"at {quicker:.2f} times that bandwidth" in readme
+
+
+def test_a_point_of_the_runner_saves_what_the_readme_says() -> None:
+    record = json.loads((GPUS / "h200x2/point.json").read_text())
+    assert (record["status"], record["config"]["drop"], len(record["plan"]["dropped"])) == ("done", 0.5, 16)
+    saved = [record["latency"][metric] for metric in ("ttft_speedup_percent", "tpot_speedup_percent")]
+    said = (
+        "save {0[median]:.1f} % ({0[low]:.1f} to {0[high]:.1f}) of the time to the first token and {1[median]:.1f} % "
+    )
+    said += "({1[low]:.1f} to {1[high]:.1f}) of a token's, of ceilings of {2:.1f} and {3:.1f} %"
+    ceilings = record["latency"]["ceilings"]
+    most = [ceilings[metric]["no_attention_all_reduce"]["median"] for metric in ("ttft_ms", "tpot_ms")]
+    assert said.format(*saved, *most) in gpu_readme()
 
 
 def test_a_launch_compiles_for_as_long_as_the_readme_says() -> None:
