@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.")
+MOST_LINES = 16
+"""In one part of a figure: more cannot be told apart."""
 Line = tuple[pd.DataFrame, dict[str, Any]]
 """The points of one line and how matplotlib shall draw it."""
 
@@ -80,8 +82,9 @@ def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
     """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against the
     fraction of blocks dropped (a whole number of blocks, so not always what was asked for).
 
-    One line for each model, tp size, strategy and whatever else was swept over (`spd.results.line_columns`). Points
-    that failed are left out, and so is a panel for which nothing was measured.
+    One line for each model, tp size, strategy and whatever else was swept over (`spd.results.line_columns`); where they
+    are many, a part of the figure for each model, and then each tp size. Points that failed are left out, and so is a
+    panel for which nothing was measured.
 
     Args:
         points: rows as in points.csv (see `read_points`).
@@ -91,53 +94,81 @@ def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
         UserError: no point is done, or none has anything to draw.
     """
     points = points[points["status"] == "done"].sort_values("drop")
-    has = {name: bool(points[name].notna().any()) for name in ("accuracy_mean", "perplexity", "ttft_speedup_percent")}
-    if not (has["accuracy_mean"] or has["perplexity"]):
+    pages = [page for page in _pages(points) if page[["accuracy_mean", "perplexity"]].notna().any(axis=None)]
+    if not pages:
         raise UserError("there is nothing to draw: no point is done and has an accuracy or a perplexity")
+    with matplotlib.rc_context(_STYLE):
+        heights = [4.3 + 0.2 * (len(list(_lines(page))) // _across(page)) for page in pages]
+        figure = Figure(figsize=(9.0, sum(heights)), layout="constrained")
+        FigureCanvasAgg(figure)
+        parts = figure.subfigures(len(pages), 1, squeeze=False, height_ratios=heights)[:, 0]
+        labelled = [_draw_page(part, page) for part, page in zip(parts, pages, strict=True)]
+        figure.draw_without_rendering()  # the layout is settled by this: places on the page are known from here on
+        figure.set_layout_engine("none")
+        for axes, lines, quality in filter(None, labelled):
+            _label_points(axes, lines, quality)
+        _save(figure, path)
+
+
+def _pages(points: pd.DataFrame) -> list[pd.DataFrame]:
+    """The points of each part of the figure: as few parts as have no more than `MOST_LINES` lines each.
+
+    They are parted by what varies first: models, then tp sizes.
+    """
+    varying = _varying(points)
+    for number in range(len(varying) + 1):
+        pages = [page for _, page in points.groupby(varying[:number])] if number else [points]
+        if max(len(page[varying].drop_duplicates()) for page in pages) <= MOST_LINES:
+            break
+    return pages
+
+
+def _across(page: pd.DataFrame) -> int:
+    """Columns of a part's legend: values of what varies first."""
+    varying = _varying(page)
+    return int(page[varying[0]].nunique()) if len(varying) > 1 else max(1, len(list(_lines(page))))
+
+
+def _draw_page(figure: SubFigure, points: pd.DataFrame) -> tuple[Axes, list[Line], str] | None:
+    """Draws one part; returns the panel whose points there is room to label, its lines and what it shows, or None."""
+    has = {name: bool(points[name].notna().any()) for name in ("accuracy_mean", "perplexity", "ttft_speedup_percent")}
     quality = "accuracy_mean" if has["accuracy_mean"] else "perplexity"
     against_drop = [name for name in ("accuracy_mean", "perplexity") if has[name]]
-    with matplotlib.rc_context(_STYLE):
-        lines = list(_lines(points))
-        columns = points[_varying(points)[0]].nunique() if len(_varying(points)) > 1 else len(lines)
-        figure = Figure(figsize=(9.0, 4.3 + 0.2 * (len(lines) // columns)), layout="constrained")
-        FigureCanvasAgg(figure)
-        latency_panel = None
-        if has["ttft_speedup_percent"]:
-            grid = figure.add_gridspec(len(against_drop), 2, width_ratios=(5, 4))
-            latency_panel = figure.add_subplot(grid[:, 0])
-            panels = [figure.add_subplot(grid[row, 1]) for row in range(len(against_drop))]
-        else:
-            panels = list(figure.subplots(1, len(against_drop), squeeze=False)[0])
-        for line, style in lines:
-            for panel, name in zip(panels, against_drop, strict=True):
-                _draw(panel, line, "fraction_dropped", name, style)
-            if latency_panel is not None:
-                _draw(latency_panel, line, "ttft_speedup_percent", quality, style)
+    lines = list(_lines(points))
+    latency_panel = None
+    if has["ttft_speedup_percent"]:
+        grid = figure.add_gridspec(len(against_drop), 2, width_ratios=(5, 4))
+        latency_panel = figure.add_subplot(grid[:, 0])
+        panels = [figure.add_subplot(grid[row, 1]) for row in range(len(against_drop))]
+    else:
+        panels = list(figure.subplots(1, len(against_drop), squeeze=False)[0])
+    for line, style in lines:
         for panel, name in zip(panels, against_drop, strict=True):
-            _label_quality(panel, name, points[name])
-            panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            panel.set_xlim(-0.04, 1.04)
-            if latency_panel is None or panel is panels[-1]:
-                panel.set_xlabel("blocks dropped")
-            else:
-                panel.tick_params(labelbottom=False)
+            _draw(panel, line, "fraction_dropped", name, style)
         if latency_panel is not None:
-            latency_panel.set_xlabel("time to first token saved (%)")
-            _label_quality(latency_panel, quality, points[quality])
-        figure.suptitle(_title(points), fontsize=11)
-        labelled = latency_panel is not None and len(lines) <= 3  # more would not find room
-        notes = _notes(points, has, labelled)
-        if len(lines) > 1:
-            handles = [Line2D([], [], **style) for _, style in lines]
-            place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
-            figure.legend(handles=handles, **place, fontsize=9, title=notes, title_fontproperties={"size": 8})
+            _draw(latency_panel, line, "ttft_speedup_percent", quality, style)
+    for panel, name in zip(panels, against_drop, strict=True):
+        _label_quality(panel, name, points[name])
+        panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panel.set_xlim(-0.04, 1.04)
+        if latency_panel is None or panel is panels[-1]:
+            panel.set_xlabel("blocks dropped")
         else:
-            figure.supxlabel(notes, fontsize=8, color="#666666")
-        if latency_panel is not None:
-            if labelled:
-                _label_points(figure, latency_panel, lines, quality)
-            latency_panel.axvline(0, color="#999999", linewidth=0.8, zorder=0.5)
-        _save(figure, path)
+            panel.tick_params(labelbottom=False)
+    if latency_panel is not None:
+        latency_panel.set_xlabel("time to first token saved (%)")
+        _label_quality(latency_panel, quality, points[quality])
+        latency_panel.axvline(0, color="#999999", linewidth=0.8, zorder=0.5)
+    figure.suptitle(_title(points), fontsize=11)
+    labelled = latency_panel is not None and len(lines) <= 3  # more would not find room
+    notes = _notes(points, has, labelled)
+    if len(lines) > 1:
+        handles = [Line2D([], [], **style) for _, style in lines]
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": _across(points)}
+        figure.legend(handles=handles, **place, fontsize=9, title=notes, title_fontproperties={"size": 8})
+    else:
+        figure.supxlabel(notes, fontsize=8, color="#666666")
+    return (latency_panel, lines, quality) if latency_panel is not None and labelled else None
 
 
 def plot_sensitivity(report: "SensitivityReport", path: str | Path, tau1: float = 0.05, tau2: float = 10.0) -> Figure:
@@ -257,14 +288,12 @@ def _notes(points: pd.DataFrame, has: dict[str, bool], labelled: bool) -> str:
     return "; ".join(notes)
 
 
-def _label_points(figure: Figure, axes: Axes, lines: list[Line], quality: str) -> None:
+def _label_points(axes: Axes, lines: list[Line], quality: str) -> None:
     """Write each point's fraction of blocks dropped beside it, where it covers no line, error bar or other label and no
     other point is nearer; else not at all.
 
     The panels against the drop fraction show the same points.
     """
-    figure.draw_without_rendering()  # the layout is settled by this: places on the page are known from here on
-    figure.set_layout_engine("none")
     drawn = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"]  # without the bars' caps
     for bars in axes.collections:
         if isinstance(bars, LineCollection):

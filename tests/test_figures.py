@@ -125,6 +125,19 @@ def test_every_line_looks_different_and_its_label_says_what_differs() -> None:
     assert all(len(points) == len(DROPS) for points, _ in lines)
 
 
+def test_many_lines_are_parted_by_model_and_then_tp_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models = [make_points(model, tp) for model in ("b", "a") for tp in (8, 4)]
+    many = pd.concat([page.assign(strategy=f"s{number}") for page in models for number in range(5)])
+    seen: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: seen.append(figure))
+    more = pd.concat([many, many.assign(strategy=many["strategy"] + "x")])
+    for points, parts in ((many, ["a", "b"]), (more, ["a, tp 4", "a, tp 8", "b, tp 4", "b, tp 8"])):
+        plot_curve(points, tmp_path / "curve.png")
+        assert [part.get_suptitle() for part in seen.pop().subfigs] == [
+            f"Dropping sync points: {part}" for part in parts
+        ]
+
+
 def test_whatever_a_sweep_was_over_parts_its_lines() -> None:
     lines = list(_lines(SWEEPS["two orders"]))
     assert [style["label"] for _, style in lines] == ["strategy.order=alone", "strategy.order=suffix"]
