@@ -342,6 +342,11 @@ def test_one_blocks_kernels_take_what_the_readme_says() -> None:
     tp_us, dropped_us = (of[-1]["end_us"] - of[0]["start_us"] for of in predicted)
     times = found["llama2_70b tp2 native"]["sessions"]["1x128"]["tpot_ms"]["0"][0]
     assert f"would have it {80 * (tp_us - dropped_us) / 10 / np.median(times):.1f} %" in readme
+    norms = [
+        [us for name, us, _ in kernels("opt_66b tp2 native", "1x128", "ttft_ms", arm) if name.endswith("layer_norm_2")]
+        for arm in ("64", "0")
+    ]
+    assert "that it has written: {:.1f} and {:.1f} us".format(*(of[1] for of in norms)) in readme
     rates = {key: entry["sessions"]["1x128"]["rates"][0] for key, entry in found.items()}
     key = "opt_30b tp2 lbw"
     products = [us for name, us, _ in kernels(key, "16x2048", "ttft_ms", "0") if name.startswith("nvjet")]
