@@ -111,12 +111,13 @@ def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
 
 
 def _pages(points: pd.DataFrame) -> list[pd.DataFrame]:
-    """The points of each part of the figure: as few parts as have no more than `MOST_LINES` lines each.
+    """The points of each part of the figure: as few parts as have no more than `MOST_LINES` lines each, if any do.
 
-    They are parted by what varies first: models, then tp sizes.
+    They are parted by what varies first, models and then tp sizes, but never by what varies last: lines of one part can
+    be compared.
     """
     varying = _varying(points)
-    for number in range(len(varying) + 1):
+    for number in range(max(1, len(varying))):
         pages = [page for _, page in points.groupby(varying[:number])] if number else [points]
         if max(len(page[varying].drop_duplicates()) for page in pages) <= MOST_LINES:
             break

@@ -136,6 +136,8 @@ def test_many_lines_are_parted_by_model_and_then_tp_size(monkeypatch: pytest.Mon
         assert [part.get_suptitle() for part in seen.pop().subfigs] == [
             f"Dropping sync points: {part}" for part in parts
         ]
+    plot_curve(pd.concat([make_points(tp_size=tp) for tp in range(1, 20)]), tmp_path / "curve.png")
+    assert len(seen.pop().subfigs) == 1, "parts of one line each would compare nothing"
 
 
 def test_whatever_a_sweep_was_over_parts_its_lines() -> None:
