@@ -33,6 +33,8 @@ def main(composed: DictConfig) -> None:
     """Runs one point, here or as a job of a sweep."""
     quiet()
     alone = HydraConfig.get().mode == RunMode.RUN
+    if not alone and not HydraConfig.get().callbacks:
+        raise SystemExit("Error: a point's own config.yaml is of one point; for a sweep leave --config-path out.")
     job_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         if alone and HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":

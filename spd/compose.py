@@ -80,6 +80,8 @@ def explain(error: BaseException) -> str:
             f"{several[1]} gives several values; to sweep over them put -m first, as in "
             f"python run.py -m {several[1]}, and write a list as [a,b]."
         )
+    if "is not a subclass of" in text:
+        return "A point's own config.yaml has no groups to choose from; write strategy.name=zs or parallel.tp_size=2."
     if text.startswith("Config group override must be a string"):
         return f"{text}: what chooses an option of a group is its name, as in parallel=tp2 or strategy=zs."
     if "appears more than once" in text or text.startswith("Multiple values for"):

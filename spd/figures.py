@@ -74,7 +74,10 @@ def read_points(path: str | Path) -> pd.DataFrame:
         raise UserError(f"{path} cannot be read as a table of points: {error}") from error
     missing = [name for name in _NEEDED if name not in points]
     if missing:
-        raise UserError(f"{path} is no points.csv of a sweep: it has no column {', '.join(missing)}")
+        raise UserError(
+            f"{path} is no points.csv of a sweep: it has no column {', '.join(missing)}; "
+            "of an older one, type the sweep's command again, which takes finished points as they are."
+        )
     return points
 
 
@@ -98,11 +101,11 @@ def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
     if not pages:
         raise UserError("there is nothing to draw: no point is done and has an accuracy or a perplexity")
     with matplotlib.rc_context(_STYLE):
-        heights = [4.3 + 0.2 * (len(list(_lines(page))) // _across(page)) for page in pages]
+        heights = [4.3 + 0.2 * (len(list(_lines(page, points))) // _across(page)) for page in pages]
         figure = Figure(figsize=(9.0, sum(heights)), layout="constrained")
         FigureCanvasAgg(figure)
         parts = figure.subfigures(len(pages), 1, squeeze=False, height_ratios=heights)[:, 0]
-        labelled = [_draw_page(part, page) for part, page in zip(parts, pages, strict=True)]
+        labelled = [_draw_page(part, page, points) for part, page in zip(parts, pages, strict=True)]
         figure.draw_without_rendering()  # the layout is settled by this: places on the page are known from here on
         figure.set_layout_engine("none")
         for axes, lines, quality in filter(None, labelled):
@@ -125,17 +128,17 @@ def _pages(points: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def _across(page: pd.DataFrame) -> int:
-    """Columns of a part's legend: values of what varies first."""
+    """Columns of a part's legend: values of what varies first, as far as there is room."""
     varying = _varying(page)
-    return int(page[varying[0]].nunique()) if len(varying) > 1 else max(1, len(list(_lines(page))))
+    return min(6, int(page[varying[0]].nunique())) if varying else 1
 
 
-def _draw_page(figure: SubFigure, points: pd.DataFrame) -> tuple[Axes, list[Line], str] | None:
+def _draw_page(figure: SubFigure, points: pd.DataFrame, every: pd.DataFrame) -> tuple[Axes, list[Line], str] | None:
     """Draws one part; returns the panel whose points there is room to label, its lines and what it shows, or None."""
     has = {name: bool(points[name].notna().any()) for name in ("accuracy_mean", "perplexity", "ttft_speedup_percent")}
     quality = "accuracy_mean" if has["accuracy_mean"] else "perplexity"
     against_drop = [name for name in ("accuracy_mean", "perplexity") if has[name]]
-    lines = list(_lines(points))
+    lines = list(_lines(points, every))
     latency_panel = None
     if has["ttft_speedup_percent"]:
         grid = figure.add_gridspec(len(against_drop), 2, width_ratios=(5, 4))
@@ -229,10 +232,15 @@ def _words(name: str, value: Any) -> str:
     return f"tp {value}" if name == "tp_size" else f"{name}={value}"
 
 
-def _lines(points: pd.DataFrame) -> Iterator[Line]:
-    """Each line's points and how it looks: colour and marker tell apart what varies first, the dashes all the rest."""
+def _lines(points: pd.DataFrame, every: pd.DataFrame) -> Iterator[Line]:
+    """Each line's points and how it looks: colour and marker tell apart what varies first, the dashes all the rest.
+
+    A value looks the same in all parts of a figure, whose points are `every`.
+    """
     varying = _varying(points)
-    lines = sorted(set(points[varying].itertuples(index=False, name=None))) if varying else [()]
+    lines: list[tuple[Any, ...]] = [()]
+    if varying:
+        lines = sorted(set(points[varying].itertuples(index=False, name=None)))
     channels = (
         ("color", COLOURS, slice(0, 1)),
         ("marker", MARKERS, slice(1, 2)),
@@ -241,8 +249,11 @@ def _lines(points: pd.DataFrame) -> Iterator[Line]:
     for line in lines:
         style: dict[str, Any] = {}
         for look, choices, part in channels:
-            values = sorted({other[part] for other in lines})
+            values = sorted(set(every[varying[part]].itertuples(index=False, name=None))) if varying[part] else [()]
             style[look] = choices[values.index(line[part]) % len(choices)]
+        if len(varying) == 1:  # markers are free to tell more apart than there are colours
+            place = sorted(every[varying[0]].unique()).index(line[0])
+            style["marker"] = MARKERS[place // len(COLOURS) % len(MARKERS)]
         mask = np.ones(len(points), dtype=bool)
         for name, value in zip(varying, line, strict=True):
             mask &= points[name] == value

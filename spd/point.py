@@ -59,8 +59,12 @@ def run_point(config: RunConfig, display: Display) -> Record:
     record["environment"]["seconds"] = round(time.monotonic() - started, 3)
     if record["key"] is not None:
         results.finish(record)
-        # Where this run failed, another one may have finished the point meanwhile: then that is its record.
-        record = results.find(record["key"]) or record
+        done = results.find(record["key"])
+        if done is not None and record["status"] == "failed" and config.save_model:
+            record["key"] = None  # the numbers are there and stay, but not the model: this job's own record says why
+        else:
+            # Where this run failed, another one may have finished the point meanwhile: then that is its record.
+            record = done or record
     _track(record, config, results, display)
     return record
 

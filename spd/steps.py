@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from spd import checkpoint
-from spd.config import DType, LatencyKind, RunConfig, Weights, to_dict
+from spd.config import DType, LatencyKind, RunConfig, Thresholds, Weights, to_dict
 from spd.families import family_of
+from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.latency import check_gpus
 from spd.gpu.step import gpu_latency
 from spd.inputs import file_digests, optional_path, samples_of
@@ -24,7 +25,7 @@ from spd.paths import find_path
 from spd.perplexity import perplexity
 from spd.plan import STRATEGIES, DropPlan, ModelIdentity, blocks_at, make_plan
 from spd.progress import Display
-from spd.results import Results, digest, gpu_engine, hardware, made_by
+from spd.results import Results, digest, gpu_engine, hardware, held, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
 from spd.strategies.block_cache import BlockCache
 from spd.strategies.correction import CORRECTION_FILE
@@ -90,10 +91,14 @@ class Steps:
     def keep_model(self) -> None:
         """Writes the prepared model to the point's folder, where that is asked for and it is not there."""
         folder = self.results.folder(self.key) / "model"
-        if self.config.save_model and not folder.exists():
-            model = self.prepared
-            self.display.step(f"saving the prepared model in {folder}")
-            model.save_pretrained(folder)
+        if not self.config.save_model or folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with held(folder.with_suffix(".lock"), self.display.say, "saves the same model"):
+            if not folder.exists():
+                model = self.prepared
+                self.display.step(f"saving the prepared model in {folder}")
+                model.save_pretrained(folder)
 
     @property
     def _model_parts(self) -> dict[str, Any]:
@@ -181,9 +186,10 @@ class Steps:
             if all(steps[plan.classes[block]] == its for block, its in plan.treatment.items())
         )
         if plan.dropped and (simplest := next(alike)) != plan.strategy:
+            more = "lower ones treat more" if self.config.strategy.thresholds is Thresholds.tau else "as they jump"
             self.display.say(
                 f"{plan.strategy} is {simplest} here: no dropped block is sensitive enough to be treated otherwise "
-                f"(strategy.tau1={plan.tau1:g}, strategy.tau2={plan.tau2:g}; lower ones treat more)."
+                f"(strategy.tau1={plan.tau1:g}, strategy.tau2={plan.tau2:g}; {more})."
             )
         if set(plan.treatment.values()) <= {"zs"}:
             return plan.to_dict()  # nothing to do, so nothing to load
@@ -398,5 +404,6 @@ def _machine(config: RunConfig) -> dict[str, Any]:
     machine = {name: here[name] for name in ("cpu", "cores", "gpus")}
     if config.latency.name is not LatencyKind.gpu:
         return machine
-    nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    ranks = os.environ | ENVIRONMENT[config.interconnect.name.name]
+    nccl = {name: ranks[name] for name in sorted(ranks) if name.startswith("NCCL_") and "DEBUG" not in name}
     return machine | {"engine": gpu_engine(), "nccl": nccl}

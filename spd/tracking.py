@@ -109,8 +109,7 @@ def _line_chart(points: "pd.DataFrame", x: str, y: str, title: str) -> Any:
     lines = points["model"] + " tp" + points["tp_size"].astype(str) + " " + points["strategy"]
     for name in line_columns(points)[3:]:
         lines += f" {name}=" + points[name].astype(str)
-    drawn = points.assign(line=lines)[[x, y, "drop", "line"]]
-    drawn = drawn.loc[:, ~drawn.columns.duplicated()].dropna(subset=[x, y]).sort_values(["line", x])
+    drawn = points.assign(line=lines)[[x, y, "drop", "line"]].dropna(subset=[x, y]).sort_values(["line", x])
     if len(drawn) < 2:
         return None
     return wandb.plot.line(wandb.Table(dataframe=drawn), x, y, stroke="line", title=title)

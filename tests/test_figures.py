@@ -119,7 +119,7 @@ def test_every_line_looks_different_and_its_label_says_what_differs() -> None:
     def look(style: dict[str, Any]) -> tuple[Any, ...]:
         return style["color"], style["marker"], style["linestyle"]
 
-    lines = list(_lines(SWEEPS["nine lines"]))
+    lines = list(_lines(SWEEPS["nine lines"], SWEEPS["nine lines"]))
     assert len({look(style) for _, style in lines}) == 9
     assert [style["label"] for _, style in lines][:3] == ["a, tp 2", "a, tp 4", "a, tp 8"]
     assert all(len(points) == len(DROPS) for points, _ in lines)
@@ -136,16 +136,28 @@ def test_many_lines_are_parted_by_model_and_then_tp_size(monkeypatch: pytest.Mon
         assert [part.get_suptitle() for part in seen.pop().subfigs] == [
             f"Dropping sync points: {part}" for part in parts
         ]
-    plot_curve(pd.concat([make_points(tp_size=tp) for tp in range(1, 20)]), tmp_path / "curve.png")
+    sizes = pd.concat([make_points(tp_size=tp) for tp in range(1, 20)])
+    plot_curve(sizes, tmp_path / "curve.png")
     assert len(seen.pop().subfigs) == 1, "parts of one line each would compare nothing"
+    assert len({(style["color"], style["marker"]) for _, style in _lines(sizes, sizes)}) == 19
+
+
+def test_a_strategy_looks_the_same_in_every_part_of_a_figure() -> None:
+    a, b = (
+        pd.concat([make_points(model).assign(strategy=f"s{n}") for n in of])
+        for model, of in (("a", (1, 2)), ("b", (0, 2)))
+    )
+    looks = [{style["label"]: style["color"] for _, style in _lines(part, pd.concat([a, b]))} for part in (a, b)]
+    assert looks[0]["s2"] == looks[1]["s2"]
+    assert looks[0]["s1"] != looks[1]["s0"]
 
 
 def test_whatever_a_sweep_was_over_parts_its_lines() -> None:
-    lines = list(_lines(SWEEPS["two orders"]))
+    lines = list(_lines(SWEEPS["two orders"], SWEEPS["two orders"]))
     assert [style["label"] for _, style in lines] == ["strategy.order=alone", "strategy.order=suffix"]
     assert [set(points["strategy.order"]) for points, _ in lines] == [{"alone"}, {"suffix"}]
     assert lines[0][1]["color"] != lines[1][1]["color"]
-    labels = [style["label"] for _, style in _lines(SWEEPS["five settings"])]
+    labels = [style["label"] for _, style in _lines(SWEEPS["five settings"], SWEEPS["five settings"])]
     assert len(set(labels)) == 32
     assert labels[0] == "seed=0, a=none, b=0.05, c=1, d=[]"
 

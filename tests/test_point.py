@@ -294,6 +294,23 @@ def test_the_prepared_model_is_kept_where_it_is_asked_for_also_of_a_point_that_w
     assert run(config) == again
 
 
+def test_a_model_that_cannot_be_saved_fails_the_point_and_leaves_its_numbers(
+    config: RunConfig, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    first = run(config)
+    config.save_model = True
+    with monkeypatch.context() as patch:
+        patch.setattr("spd.model.TensorParallelLM.save_pretrained", refused)
+        again = run(config)
+    assert (again["status"], again["key"]) == ("failed", None)
+    assert "Permission denied" in again["error"]
+    assert results.read_record(tmp_path / "runs" / "points" / first["key"] / "result.json")["status"] == "done"
+    assert run(config)["status"] == "done"
+
+
 @pytest.mark.parametrize(("dtype", "said"), [(DType.float32, 1), (DType.bfloat16, 0)])
 def test_timing_gpus_in_the_type_that_nobody_serves_with_is_said(
     config: RunConfig, run: Any, output: io.StringIO, monkeypatch: pytest.MonkeyPatch, dtype: DType, said: int

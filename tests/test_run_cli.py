@@ -103,6 +103,10 @@ def test_a_points_own_configuration_can_be_run_again_with_settings_changed(runne
     status, _, err = runner.run(*again, "drop=0", "parallel.tp_size=1")
     assert (status, runner.records()) == (0, {0.5: "done", 0.0: "done"}), err
     assert {path.name for path in runner.folder.iterdir()} <= {"runs", "text.txt", "tiny_llama"}
+    for wrong, said in (("strategy=zs", "write strategy.name=zs"), ("-m", "leave --config-path out")):
+        status, _, err = runner.run(*again, wrong)
+        assert status == 1
+        assert said in err
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ def measure_gpu_latency(
         devices: of each rank, by default cuda:0 to cuda:<tp_size - 1>. Ranks that share a GPU (all_reduce one_shot or
             two_shot, with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1) give right numbers, and times that mean nothing;
             so do CPUs, where nothing is compiled or captured: for tests.
+        log_dir, on_progress, say: as for `spd.latency.measure_latency`.
 
     Returns:
         A session for each shape: its settings, "arms" and "ceilings"; for ttft_ms and tpot_ms (and `BLOCKS`) `{arm:

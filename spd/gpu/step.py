@@ -61,4 +61,4 @@ def gpu_latency(
 
     determining = {**asked, **shape._asdict(), **parts, "tp_size": parallel.tp_size, "arms": arms}
     session = results.cached("gpu_latency", determining, measure)
-    return summarise(session, arm=str(len(dropped(config.drop))))
+    return summarise(session, arm=str(len(dropped(config.drop)))) | {"engine": parts["machine"]["engine"]}

@@ -23,7 +23,8 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
     the ceilings, and "fraction_of_ceiling" the part of *no attention all-reduce*'s saving that the arm has (None where
     that saves nothing in a launch). "tp_plan" has transformers' own times, and how many times the arm's they are.
     "peak_memory_gb" is what torch allocated, NCCL's buffers and the driver's own not counted. "floor_ms", "over_floor",
-    "communication" (of the baseline, and of the arm), "all_reduce", "link" and "rates" are the first launch's.
+    "communication" (of the baseline, and of the arm), "all_reduce", "link", "rates" and "nccl_environment" are the
+    first launch's.
     """
 
     def medians(metric: str, name: str) -> np.ndarray:
@@ -71,7 +72,7 @@ def summarise(session: dict[str, Any], arm: str, baseline: str = "0") -> dict[st
         rates = tokens / np.concatenate(session["tpot_ms"][arm])
         entry["tokens_per_s"] = _bootstrap((tokens / medians("tpot_ms", arm)).tolist()) | _spread(rates)
     entry["peak_memory_gb"] = _bootstrap(peaks) | _spread(peaks)
-    return entry | {name: session[name][0] for name in ("rates", "link", "all_reduce")}
+    return entry | {name: session[name][0] for name in ("rates", "link", "all_reduce", "nccl_environment")}
 
 
 def _spread(values: Any) -> dict[str, float]:
