@@ -4,7 +4,6 @@ sensitivity (shared) -> plan -> apply -> perplexity, accuracy (virtual ranks) ->
 """
 
 import gc
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 
 from spd import checkpoint
-from spd.config import DType, LatencyKind, RunConfig, Thresholds, Weights, to_dict
+from spd.config import DType, LatencyKind, RunConfig, Thresholds, to_dict
 from spd.families import family_of
-from spd.gpu.interconnect import ENVIRONMENT
 from spd.gpu.latency import check_gpus
 from spd.gpu.step import gpu_latency
 from spd.inputs import file_digests, optional_path, samples_of
+from spd.keys import determining, machine
 from spd.latency import measure_latency, summarise
 from spd.loading import load
 from spd.model import TensorParallelLM
@@ -25,38 +24,11 @@ from spd.paths import find_path
 from spd.perplexity import perplexity
 from spd.plan import STRATEGIES, DropPlan, ModelIdentity, blocks_at, make_plan
 from spd.progress import Display
-from spd.results import Results, digest, gpu_engine, hardware, held, made_by
+from spd.results import Results, digest, held, made_by
 from spd.sensitivity import SensitivityReport, measure_sensitivity
 from spd.strategies.block_cache import BlockCache
 from spd.strategies.correction import CORRECTION_FILE
 from spd.strategies.recovery import apply
-
-# What cannot change a result (names of options and places, ports, how long to wait), or is replaced by a hash of its
-# contents.
-_NOT_IN_KEY: dict[str, set[str] | None] = {
-    "tracker": None,
-    "sweep": None,
-    "output_dir": None,
-    "save_model": None,
-    "parallel": {"port"},
-    "latency": {"timeout_s"},
-    "model": {"name", "path", "architecture"},
-    "data": {"path", "heldout_path", "dataset", "dataset_config", "split", "heldout_split", "data_root"},
-    "eval": {"name", "include_path", "data_root"},
-}
-_OF_RANDOM = ("model", "parallel", "interconnect", "latency", "drop")
-"""The sections that matter with weights=random, of which only latency is measured."""
-
-
-def determining(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration (as `to_dict` gives it) can change a result."""
-    kept = {section: value for section, value in settings.items() if _NOT_IN_KEY.get(section, ()) is not None}
-    if settings["weights"] == Weights.random.name:  # nothing but latency is measured
-        kept = {name: kept[name] for name in _OF_RANDOM}
-    for section, names in _NOT_IN_KEY.items():
-        if names is not None and section in kept:
-            kept[section] = {name: value for name, value in settings[section].items() if name not in names}
-    return kept
 
 
 class Steps:
@@ -65,7 +37,7 @@ class Steps:
     def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
         self.config, self.results, self.display = config, results, display
         if config.latency.name is LatencyKind.gpu:
-            _check_gpus(config, display)
+            _on_gpus(config, display)
         self.folder = checkpoint.resolve(find_path(config.model.path) or config.model.path)
         self.weights = checkpoint.fingerprint(self.folder)
         self.files = file_digests(config, self.folder)
@@ -74,7 +46,7 @@ class Steps:
     def _key(self) -> str:
         parts = {**made_by(), "config": determining(to_dict(self.config)), "weights": self.weights, "files": self.files}
         if self.config.latency.name is not LatencyKind.none:
-            parts["machine"] = _machine(self.config)
+            parts["machine"] = machine(self.config)
         return digest(parts)
 
     def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -319,7 +291,7 @@ class Steps:
             "tp_size": parallel.tp_size,
             "arms": arms,
             "interconnect": self.config.interconnect.name.name,
-            "machine": _machine(self.config),
+            "machine": machine(self.config),
             "corrections": self._treatment_parts(widest) if corrected else None,
         }
         ours = str(len(self.plan(self.config.drop).dropped))
@@ -340,7 +312,7 @@ class Steps:
             dropped.__getitem__,
             self.results.folder(self.key) / "latency",
             weights=self.weights,
-            machine=_machine(self.config),
+            machine=machine(self.config),
         )
 
 
@@ -349,11 +321,11 @@ class RandomSteps:
 
     def __init__(self, config: RunConfig, results: Results, display: Display) -> None:
         self.config, self.results, self.display = config, results, display
-        _check_gpus(config, display)
+        _on_gpus(config, display)
         self.hf: Any = checkpoint.read_architecture(config.model.architecture)
         family_of(self.hf)
         self.weights = f"random {digest(config.model.architecture)}"
-        parts = {"config": determining(to_dict(config)), "weights": self.weights, "machine": _machine(config)}
+        parts = {"config": determining(to_dict(config)), "weights": self.weights, "machine": machine(config)}
         self.key = digest({**made_by(), **parts})
 
     def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -370,7 +342,7 @@ class RandomSteps:
                 lambda drop: self.plan(drop).dropped,
                 self.results.folder(self.key) / "latency",
                 weights=self.weights,
-                machine=_machine(self.config),
+                machine=machine(self.config),
             ),
         )
 
@@ -392,18 +364,8 @@ class RandomSteps:
         )
 
 
-def _check_gpus(config: RunConfig, display: Display) -> None:
+def _on_gpus(config: RunConfig, display: Display) -> None:
+    """Refuses where there are too few; says that a type is not what one serves with."""
     check_gpus(config.parallel.tp_size)
     if config.model.dtype is DType.float32:
         display.say("latency=gpu in float32; what serves a model takes model.dtype=bfloat16.")
-
-
-def _machine(config: RunConfig) -> dict[str, Any]:
-    """What a latency belongs to."""
-    here = hardware()
-    machine = {name: here[name] for name in ("cpu", "cores", "gpus")}
-    if config.latency.name is not LatencyKind.gpu:
-        return machine
-    ranks = os.environ | ENVIRONMENT[config.interconnect.name.name]
-    nccl = {name: ranks[name] for name in sorted(ranks) if name.startswith("NCCL_") and "DEBUG" not in name}
-    return machine | {"engine": gpu_engine(), "nccl": nccl}

@@ -81,8 +81,8 @@ class Sweep:
         return [self._record(number, config) for number, config in enumerate(self.configs)]
 
     def _record(self, number: int, config: RunConfig) -> Record:
+        from spd.keys import determining
         from spd.point import failed_record
-        from spd.steps import determining
 
         job, settings = self.folder / str(number), to_dict(config)
         try:

@@ -11,7 +11,7 @@ from conftest import make_checkpoint
 from gpu_settings import SMALL
 from rich.console import Console
 
-from spd import steps
+from spd import keys, steps
 from spd.config import (
     AllReduceKind,
     CorrectionKind,
@@ -149,8 +149,8 @@ def test_a_number_is_found_by_what_determines_it(
 def test_latency_alone_belongs_to_a_machine(
     whole: RunConfig, found: Callable[[RunConfig], dict[str, str]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, here = found(whole), steps.hardware()
-    monkeypatch.setattr(steps, "hardware", lambda: here | {name: "another"})
+    before, here = found(whole), keys.hardware()
+    monkeypatch.setattr(keys, "hardware", lambda: here | {name: "another"})
     after = found(whole)
     assert {kind for kind in EVERYTHING if before[kind] != after[kind]} == {"latency"}
 
@@ -207,7 +207,7 @@ def test_another_engine_or_nccl_times_another_session_on_gpus_and_makes_another_
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    def keys() -> list[str]:
+    def mine() -> list[str]:
         config = of_gpus()
         config.output_dir = str(tmp_path)
         display = Display("point", Console(file=io.StringIO()))
@@ -217,12 +217,12 @@ def test_another_engine_or_nccl_times_another_session_on_gpus_and_makes_another_
             found(whole)["latency"],
         ]
 
-    before = keys()
+    before = mine()
     if what == "engine":
-        monkeypatch.setattr(steps, "gpu_engine", lambda: "another")
+        monkeypatch.setattr(keys, "gpu_engine", lambda: "another")
     else:
         monkeypatch.setenv(what, "0")
-    assert [key == was for key, was in zip(keys(), before, strict=True)] == [False, False, True]
+    assert [key == was for key, was in zip(mine(), before, strict=True)] == [False, False, True]
 
 
 def test_what_a_record_has_is_what_this_format_has(config: RunConfig, tasks: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from spd import inputs
 from spd.checkpoint import read_architecture
-from spd.config import AllReduceKind, Interconnect, LatencyKind, RunConfig, Strategy, Weights
+from spd.config import AllReduceKind, DType, Interconnect, LatencyKind, RunConfig, Strategy, Weights
 from spd.errors import UserError
 from spd.families import family_of
 from spd.gpu import memory
@@ -39,7 +39,7 @@ def random_config(**changes) -> RunConfig:
     config = RunConfig(weights=Weights.random)
     config.latency.name = LatencyKind.gpu
     config.model.architecture = {"model_type": "llama", **SMALL["llama"]}
-    config.parallel.tp_size = 2
+    config.parallel.tp_size, config.model.dtype = 2, DType.bfloat16
     for name, value in changes.items():
         holder, _, last = name.rpartition("__")
         setattr(getattr(config, holder) if holder else config, last, value)
