@@ -58,11 +58,11 @@ def main(composed: DictConfig) -> None:
     which = "point" if alone else f"point {position(job_folder)}"
     with Display(f"{which}, drop {config.drop:g}") as display:
         record = point.run_point(config, display)
-    leave_pointer(job_folder, record, Path(config.output_dir))
+    file = leave_pointer(job_folder, record, Path(config.output_dir))
     if alone:
         print_blocks(record)
         print_table([record])
-        print(f"Record: {Path(config.output_dir) / 'points' / str(record['key']) / 'result.json'}")
+        print(f"Record: {file}")
         if record["status"] != "done":
             raise SystemExit(1)
 
