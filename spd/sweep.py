@@ -238,7 +238,10 @@ def position(job_folder: Path) -> str:
 
 
 def leave_pointer(job_folder: Path, record: Record, output_dir: Path) -> Path:
-    """Tells the sweep, and returns, where this job's record is. One without a key (nothing was read yet) is kept with the job."""
+    """Tells the sweep, and returns, where this job's record is.
+
+    One without a key (nothing was read yet, or the model of a finished point was not saved) is kept with the job.
+    """
     path = output_dir / "points" / record["key"] / "result.json" if record["key"] else job_folder / "result.json"
     if not record["key"]:
         write_json(path, record)
