@@ -1,6 +1,5 @@
 """A sweep through a real Slurm, as users type it. Start one with tests/slurm/start.sh, and export what it says."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -81,18 +80,13 @@ def test_a_wrong_point_is_refused_before_anything_is_submitted(settings: list[st
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_point_that_fails_in_its_job_is_a_row_beside_the_others(
-    settings: list[str], tiny_llama: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "other")
-    shape = tmp_path / "other" / "config.json"  # no longer that of the weights, which only loading finds out
-    shape.write_text(shape.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
-    settings.remove(f"model.path={tiny_llama}")
-    done = run(*settings, f"model.path={tmp_path / 'other'},{tiny_llama}", "drop=1")
+def test_a_point_that_fails_in_its_job_is_a_row_beside_the_others(settings: list[str], tmp_path: Path) -> None:
+    # What a job's machine has is not known where the sweep is checked.
+    done = run(*settings, "model.device=cuda,cpu", "drop=1")
     assert done.returncode == 1
     frame = pd.read_csv(tmp_path / "runs" / "sweeps" / "cluster" / "points.csv")
     assert frame["status"].tolist() == ["failed", "done"]
-    assert "do not fit config.json" in frame["error"][0]
+    assert "cuda" in frame["error"][0]
 
 
 def test_a_job_that_is_killed_is_a_row_beside_the_others(settings: list[str], tmp_path: Path) -> None:
