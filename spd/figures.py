@@ -82,8 +82,9 @@ def read_points(path: str | Path) -> pd.DataFrame:
 
 
 def plot_curve(points: pd.DataFrame, path: str | Path) -> None:
-    """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against the
-    fraction of blocks dropped (a whole number of blocks, so not always what was asked for).
+    """Draw a sweep as PNG: accuracy against time to first token, and accuracy and perplexity against blocks dropped.
+
+    Dropped is a whole number of blocks: its fraction need not be what was asked for.
 
     One line for each model, tp size, strategy and whatever else was swept over (`spd.results.line_columns`); where they
     are many, a part of the figure for each model, and then each tp size. Points that failed are left out, and so is a

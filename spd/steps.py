@@ -158,7 +158,8 @@ class Steps:
             if all(steps[plan.classes[block]] == its for block, its in plan.treatment.items())
         )
         if plan.dropped and (simplest := next(alike)) != plan.strategy:
-            more = "lower ones treat more" if self.config.strategy.thresholds is Thresholds.tau else "as they jump"
+            given = self.config.strategy.thresholds is Thresholds.tau
+            more = "lower ones treat more" if given else "found where sensitivities jump"
             self.display.say(
                 f"{plan.strategy} is {simplest} here: no dropped block is sensitive enough to be treated otherwise "
                 f"(strategy.tau1={plan.tau1:g}, strategy.tau2={plan.tau2:g}; {more})."
