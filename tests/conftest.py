@@ -1,5 +1,7 @@
 """Small random checkpoints of every family, as Hugging Face folders with a whole-word tokenizer."""
 
+import dataclasses
+import io
 import json
 import random
 import shutil
@@ -11,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from spd import point
 from spd.config import RunConfig, Tracker
+from spd.progress import Display
+from spd.results import Record
 
 torch.set_num_threads(1)  # the models here are too small to gain from more, and ranks share the cores
 # Else what the tests start and stop would ignore it too where they run as a shell's background job.
@@ -158,3 +164,21 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, fields in {"toy_choice": choice, "toy_last": last, "toy_summary": summary}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | fields))
     return folder
+
+
+@pytest.fixture
+def output() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def run(output: io.StringIO) -> Callable[[RunConfig], Record]:
+    def run(config: RunConfig) -> Record:
+        with Display("point", Console(file=output, soft_wrap=True)) as display:
+            return point.run_point(config, display)
+
+    return run
+
+
+def with_drop(config: RunConfig, drop: float) -> RunConfig:
+    return dataclasses.replace(config, drop=drop)
